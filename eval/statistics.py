@@ -1,0 +1,108 @@
+"""Figures over rows: profiles, shifts, and paired bootstrap intervals.
+
+Everything here works on saved rows; no model is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from eval.forced_choice import ForcedChoiceRow
+
+NUM_DRAWS = 10_000
+
+
+class Interval(BaseModel):
+    """An estimate with its 95 % bootstrap interval over items."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    estimate: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def choice_probabilities(rows: Sequence[ForcedChoiceRow]) -> np.ndarray:
+    """Softmax of each row's scores: [items, foundations], in the first row's order."""
+    return _probabilities(rows, list(rows[0].scores))
+
+
+def _probabilities(rows: Sequence[ForcedChoiceRow], names: Sequence[str]) -> np.ndarray:
+    """Softmax of each row's scores: [items, names]; saved rows may have their keys sorted."""
+    for row in rows:
+        if set(row.scores) != set(names):
+            raise ValueError(f"item {row.id!r}: scores of {list(row.scores)}, not of {list(names)}")
+    scores = np.array([[row.scores[name] for name in names] for row in rows])
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def profile_nats(rows: Sequence[ForcedChoiceRow]) -> dict[str, float]:
+    """`<foundation>_nats`: log of the mean probability over the items, nats (0 at most)."""
+    means = np.log(choice_probabilities(rows).mean(0))
+    return dict(zip(rows[0].scores, means.tolist(), strict=True))
+
+
+def mean_pmass(rows: Sequence[ForcedChoiceRow]) -> float:
+    """Mean probability on the allowed answers, 0 to 1."""
+    return float(np.mean([row.pmass for row in rows]))
+
+
+def accuracy(rows: Sequence[ForcedChoiceRow], foundations: Sequence[str]) -> float:
+    """Share of items of these foundations whose likeliest option is their label, 0 to 1."""
+    judged = [row for row in rows if row.label in foundations]
+    if not judged:
+        raise ValueError(f"none of {len(rows)} items has a label among {list(foundations)}")
+    return float(
+        np.mean([max(row.scores, key=lambda k: row.scores[k]) == row.label for row in judged])
+    )
+
+
+def shift_nats(
+    rows: Sequence[ForcedChoiceRow], base: Sequence[ForcedChoiceRow], seed: int = 0
+) -> dict[str, Interval]:
+    """Shift of `<foundation>_nats` from base, nats: positive means chosen more often than by base.
+
+    Paired: items are drawn with replacement, the same ones for both.
+    """
+    require_same_items([row.id for row in rows], [row.id for row in base])
+    names = list(rows[0].scores)
+    after, before = _probabilities(rows, names), _probabilities(base, names)
+    weights = _draws(len(rows), seed)  # [draws, items]
+    drawn = np.log(weights @ after) - np.log(weights @ before)  # [draws, foundations]
+    exact = np.log(after.mean(0)) - np.log(before.mean(0))
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return {
+        name: Interval(estimate=exact[index], low=low[index], high=high[index])
+        for index, name in enumerate(names)
+    }
+
+
+def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """Mean of one value an item, with its interval; a paired difference if given differences."""
+    array = np.asarray(values, dtype=float)
+    drawn = _draws(len(array), seed) @ array
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(estimate=float(array.mean()), low=float(low), high=float(high))
+
+
+def require_same_items(left: Sequence[str], right: Sequence[str]) -> None:
+    """Raises ValueError where two evaluations were not made on the same items in one order."""
+    if list(left) != list(right):
+        only = sorted(set(left) ^ set(right))[:5] or "the same ones in another order"
+        raise ValueError(f"evaluated on different items ({len(left)} and {len(right)}): {only}")
+
+
+@lru_cache(maxsize=8)  # a report asks for the same draws again and again
+def _draws(num_items: int, seed: int) -> np.ndarray:
+    """Bootstrap weights: [draws, items], each row the shares of a draw with replacement."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(num_items, np.full(num_items, 1 / num_items), NUM_DRAWS) / num_items

@@ -1,0 +1,49 @@
+# steer-heal: `just` lists the recipes; the two that matter are `just round N=3` and `just test`
+
+set positional-arguments
+
+venv := env("STEER_HEAL_VENV", ".venv")
+bin := venv / "bin"
+stamp := venv / ".installed"
+
+_list:
+    @just --list --unsorted
+
+# make .venv with the pinned libraries; done again only when pyproject or the pins change
+setup:
+    @if [ -f {{stamp}} ] && cat pyproject.toml constraints.txt | cmp -s - {{stamp}}; then exit 0; fi; \
+    set -e; \
+    echo "setting up {{venv}} (once; some minutes)"; \
+    [ -x {{bin}}/python ] || "${PYTHON:-python3}" -m venv {{venv}}; \
+    {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+    cat pyproject.toml constraints.txt > {{stamp}}
+
+# run steer-heal rounds on the embedded model: just round N=3 [KEY=VALUE ...]
+round *SETTINGS: setup
+    @{{bin}}/steer-heal round "$@"
+
+# draw a run's report again from its files: just report rounds/NAME
+report +RUNS: setup
+    @{{bin}}/steer-heal report "$@"
+
+# paired differences between runs: just compare rounds/A rounds/B
+compare +RUNS: setup
+    @{{bin}}/steer-heal compare "$@"
+
+# the test suite, as CI runs it
+test *ARGS: setup
+    @{{bin}}/python -m pytest "$@"
+
+# linter, formatting, types
+check: setup
+    @{{bin}}/ruff check .
+    @{{bin}}/ruff format --check .
+    @{{bin}}/mypy
+
+# retrain the embedded model from nothing and check it; --check only checks the one that is here
+organism *ARGS: setup
+    @{{bin}}/python -m steer_heal.organism "$@"
+
+# three rounds on each of three seeds: the numbers in the README and docs/LOG.md
+bench *ARGS: setup
+    @{{bin}}/steer-heal bench "$@"
