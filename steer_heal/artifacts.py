@@ -1,0 +1,352 @@
+"""The typed values that flow from stage to stage, and how each is saved and loaded.
+
+Every artifact is frozen and keyword-only. `save` writes files into a folder, `load` reads them
+back, `digest` is a hash of the content; `files` are the names, which are also the order of writing.
+Only safetensors and JSON are ever loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save
+
+from eval.coherence import Surprisal, TextFigures
+from eval.forced_choice import ForcedChoiceRow
+from eval.tasks import TaskRow
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_Line = TypeVar("_Line", bound=_Record)
+
+
+class _Artifact(_Record):
+    """A record that a stage leaves behind."""
+
+    stage: ClassVar[str]
+    files: ClassVar[tuple[str, ...]]
+
+    def digest(self) -> str:
+        return digest_of([self.model_dump_json()])
+
+
+class _JsonArtifact(_Artifact):
+    """An artifact that is one JSON file."""
+
+    def save(self, folder: Path) -> None:
+        _write_json(folder / self.files[0], self.model_dump())
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        return cls.model_validate_json((folder / cls.files[0]).read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------ steer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringVector:
+    """v[l] = mean_i( h_l(positive persona, x_i) - h_l(negative persona, x_i) ), raw norm.
+
+    h_l is the output of decoder layer l at the last prompt token (the assistant tag).
+    """
+
+    directions: torch.Tensor  # [layers, hidden] fp32, all layers of the model
+    band: tuple[int, ...]  # layers that are steered
+    norms: tuple[float, ...]  # L2 norm a layer, in units of the residual stream
+    residual_norms: tuple[float, ...]  # mean L2 norm of h_l, a layer
+    auc: tuple[float, ...]  # how well held-out pairs are told apart along v[l], 0.5 to 1, a layer
+    pairwise_cosine: tuple[float, ...]  # mean cosine between single pairs' differences, a layer
+    num_pairs: int
+    weights_hash: str  # of the model it was taken from
+
+    stage: ClassVar[str] = "vector"
+    files: ClassVar[tuple[str, ...]] = ("vector.safetensors", "vector.json")
+
+    @property
+    def band_directions(self) -> torch.Tensor:
+        """[band layers, hidden]."""
+        return self.directions[list(self.band)]
+
+    def save(self, folder: Path) -> None:
+        tensors = {"directions": self.directions.contiguous()}
+        _write_tensors(folder / "vector.safetensors", tensors)
+        meta = {key: value for key, value in vars(self).items() if key != "directions"}
+        meta |= {"operation": "add", "site": "decoder layer output", "token": "last prompt token"}
+        _write_json(folder / "vector.json", meta)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        meta = json.loads((folder / "vector.json").read_text(encoding="utf-8"))
+        for constant in ("operation", "site", "token"):
+            meta.pop(constant)
+        lists = {key: tuple(value) for key, value in meta.items() if isinstance(value, list)}
+        directions = load_file(folder / "vector.safetensors")["directions"]
+        return cls(directions=directions, **(meta | lists))
+
+    def digest(self) -> str:
+        return digest_of([self.directions.numpy().tobytes().hex(), repr(self.band)])
+
+
+class Completion(_Record):
+    """One sampled completion, with where it comes from."""
+
+    prompt_index: int  # in the trait's prompts
+    prompt: str
+    prompt_ids: tuple[int, ...]  # up to the assistant tag, no system prompt
+    token_ids: tuple[int, ...]  # as sampled, with the end-of-turn token where there is one
+    text: str  # decoded, without special tokens
+    dose: float  # multiples of the raw vector
+    seed: int
+    finished: bool  # ended by an end-of-turn token
+    kl_p95_nats: float  # 95th percentile over tokens of KL(steered || student)
+
+
+class Completions(_Artifact):
+    """The drafts of a round."""
+
+    rows: tuple[Completion, ...]
+
+    stage: ClassVar[str] = "drafts"
+    files: ClassVar[tuple[str, ...]] = ("drafts.jsonl",)
+
+    def save(self, folder: Path) -> None:
+        _write_lines(folder / "drafts.jsonl", self.rows)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        return cls(rows=_read_lines(folder / "drafts.jsonl", Completion))
+
+
+# ----------------------------------------------------------------------------------------- filter
+
+
+class Limits(_JsonArtifact):
+    """What the base's own unsteered completions look like: the gates of the filter."""
+
+    num_completions: int
+    quantile: float
+    base_finishes: bool  # the base's own completions end within the length limit
+    tail_nll_nats: float  # at most
+    rmse_nll_nats: float  # at most
+    word_repetition: float  # at most
+    char_repetition: float  # at most
+    compression_low: float  # at least
+    compression_high: float  # at most
+    words_low: int  # at least
+    words_high: int  # at most
+    base_tail_nll_nats: tuple[float, ...]  # a completion, sorted: the base's own spread
+
+    stage: ClassVar[str] = "limits"
+    files: ClassVar[tuple[str, ...]] = ("limits.json",)
+
+
+class ScreenedCompletion(Completion):
+    """A completion with every score, and why it was dropped."""
+
+    surprisal: Surprisal  # under the base, no system prompt
+    figures: TextFigures
+    enactment_nats: float  # log p(. | positive) - log p(. | negative) under the base, a token
+    dropped: str | None  # the first criterion it failed; None: kept
+
+
+class DosePoint(_Record):
+    """One point of the dose curve."""
+
+    dose: float
+    num_drafts: int
+    pass_rate: float  # share that passes every gate, 0 to 1
+    kl_p95_nats: float  # median over its completions
+    enactment_nats: float  # mean over its completions
+
+
+class Screened(_Artifact):
+    """All drafts of a round, screened."""
+
+    rows: tuple[ScreenedCompletion, ...]
+    curve: tuple[DosePoint, ...]
+
+    stage: ClassVar[str] = "screened"
+    files: ClassVar[tuple[str, ...]] = ("completions.jsonl", "dose.json")
+
+    @property
+    def kept(self) -> tuple[ScreenedCompletion, ...]:
+        return tuple(row for row in self.rows if row.dropped is None)
+
+    @property
+    def mean_kept_dose(self) -> float:
+        """The dose that the kept completions were sampled at, on average."""
+        return sum(row.dose for row in self.kept) / len(self.kept)
+
+    def save(self, folder: Path) -> None:
+        _write_lines(folder / "completions.jsonl", self.rows)
+        _write_json(folder / "dose.json", [point.model_dump() for point in self.curve])
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        curve = json.loads((folder / "dose.json").read_text(encoding="utf-8"))
+        return cls(
+            rows=_read_lines(folder / "completions.jsonl", ScreenedCompletion),
+            curve=tuple(DosePoint.model_validate(point) for point in curve),
+        )
+
+
+# ------------------------------------------------------------------------------------------- heal
+
+
+class TrainStep(_Record):
+    """One optimizer step of the heal stage."""
+
+    step: int
+    loss: float
+    nll_nats: float  # mean over completion tokens
+    kl_nats: float  # mean over rows of the row's aggregate divergence from the reference
+    barrier_nats: float  # mean over rows of what exceeds the threshold
+    share_over: float  # share of rows over the threshold, 0 to 1
+    grad_norm: float  # L2, before clipping
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundAdapter:
+    """The LoRA that a round trained: a standard PEFT folder."""
+
+    name: str  # r00, r01, ...
+    config: Mapping[str, Any]  # of peft.LoraConfig
+    weights: Mapping[str, torch.Tensor]  # by their names in a PEFT file; fp32, A and B a module
+    steps: tuple[TrainStep, ...]
+
+    stage: ClassVar[str] = "adapter"
+    files: ClassVar[tuple[str, ...]] = (
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "train.jsonl",
+    )
+
+    @property
+    def rank(self) -> int:
+        return int(self.config["r"])
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return float(self.config["lora_alpha"]) / self.rank
+
+    def save(self, folder: Path) -> None:
+        (folder / "adapter").mkdir(exist_ok=True)
+        _write_tensors(folder / "adapter" / "adapter_model.safetensors", self.weights)
+        _write_json(folder / "adapter" / "adapter_config.json", dict(self.config))
+        _write_lines(folder / "train.jsonl", self.steps)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        config = (folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8")
+        return cls(
+            name=f"r{folder.name.rpartition('-')[2]}",
+            config=json.loads(config),
+            weights=load_file(folder / "adapter" / "adapter_model.safetensors"),
+            steps=_read_lines(folder / "train.jsonl", TrainStep),
+        )
+
+    def digest(self) -> str:
+        tensors = [
+            key + value.numpy().tobytes().hex() for key, value in sorted(self.weights.items())
+        ]
+        return digest_of([json.dumps(dict(self.config), sort_keys=True), *tensors])
+
+
+# --------------------------------------------------------------------------------------- evaluate
+
+
+class ReplyRow(_Record):
+    """One sampled reply to a held-out prompt."""
+
+    prompt_index: int  # in the trait's held-out prompts
+    sample: int
+    text: str
+    enactment_nats: float  # under the base, a token
+    enacted: bool  # the enactment is positive
+    surprisal: Surprisal  # under the base, no system prompt
+
+
+class ConditionEval(_Record):
+    """One condition (base, prompted, random, steered, healed) on the held-out items."""
+
+    condition: str
+    dose: float | None  # multiples of the raw vector, where there is one
+    choices: tuple[ForcedChoiceRow, ...]
+    tasks: tuple[TaskRow, ...]
+    replies: tuple[ReplyRow, ...]
+
+
+class Controls(_Artifact):
+    """The conditions that do not change from round to round, evaluated once."""
+
+    base: ConditionEval
+    prompted: ConditionEval
+    random: ConditionEval
+
+    stage: ClassVar[str] = "controls"
+    files: ClassVar[tuple[str, ...]] = ("base.json", "prompted.json", "random.json")
+
+    def save(self, folder: Path) -> None:
+        for name in ("base", "prompted", "random"):
+            _write_json(folder / f"{name}.json", getattr(self, name).model_dump())
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        names = ("base", "prompted", "random")
+        texts = {name: (folder / f"{name}.json").read_text(encoding="utf-8") for name in names}
+        return cls(**{k: ConditionEval.model_validate_json(text) for k, text in texts.items()})
+
+
+class RoundEval(_JsonArtifact):
+    """What a round came to."""
+
+    steered: ConditionEval  # the student before this round, steered at the kept completions' dose
+    healed: ConditionEval  # the student after this round, nothing added
+
+    stage: ClassVar[str] = "eval"
+    files: ClassVar[tuple[str, ...]] = ("eval.json",)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """SHA-256 over texts, each closed by a NUL."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8") + b"\0")
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    # Not save_file: on a full disk it raises an error of its own instead of an OSError. One key of
+    # metadata, no more: safetensors writes several in random order, and bytes must be the same.
+    path.write_bytes(save(dict(tensors), {"format": "pt"}))
+
+
+def _write_lines(path: Path, rows: Iterable[BaseModel]) -> None:
+    path.write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
+
+
+def _read_lines(path: Path, kind: type[_Line]) -> tuple[_Line, ...]:
+    # not splitlines: a completion may hold U+2028 or U+0085, which JSON leaves as they are
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return tuple(kind.model_validate_json(line) for line in lines if line)

@@ -1,0 +1,289 @@
+"""What a run is asked to do: one config class a stage, presets as functions, overrides by key.
+
+A config is validated when it is built, saved with its run, and never changed afterwards.
+"""
+
+from __future__ import annotations
+
+from difflib import SequenceMatcher
+from typing import Annotated, Any, Literal, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from steer_heal.errors import UserError
+
+ORGANISM = "organism"  # the embedded model
+ALIASES = {"N": "rounds"}
+
+
+class _Config(BaseModel):
+    # the line under a field is its description, which error messages quote
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def _require_band(shares: tuple[float, float]) -> tuple[float, float]:
+    low, high = shares
+    if not 0 <= low <= high <= 1:
+        raise ValueError("two shares from 0 to 1 are needed, the lower one first")
+    return shares
+
+
+Band = Annotated[tuple[float, float], AfterValidator(_require_band)]
+
+
+class VectorConfig(_Config):
+    """Extraction of the steering vector."""
+
+    band: Band = (0.45, 0.55)
+    """Layers that are steered, as shares of the depth; a broad band destroys the text."""
+    num_contexts: int = Field(128, ge=2)
+    """User turns the mean difference is taken over."""
+    batch_size: int = Field(32, ge=1)
+    """Prompts a forward pass."""
+
+
+class GenerateConfig(_Config):
+    """Sampling of the steered completions."""
+
+    doses: tuple[float, ...] = Field((0.25, 0.35, 0.5), min_length=1)
+    """Multiples of the raw vector; the drafts are split evenly over them."""
+    num_drafts: int = Field(384, ge=1)
+    """Completions sampled a round."""
+    max_new_tokens: int = Field(96, ge=1)
+    """Longest completion, tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """Softmax temperature; 1 samples from the model as it is."""
+    batch_size: int = Field(64, ge=1)
+    """Completions sampled at a time."""
+
+
+class FilterConfig(_Config):
+    """Which completions are kept."""
+
+    num_kept: int = Field(64, ge=1)
+    """Completions kept for training, at most."""
+    min_kept: int = Field(8, ge=1)
+    """With fewer than this left the round stops."""
+    quantile: float = Field(0.98, gt=0.5, le=1)
+    """Limits stand at this quantile of the base's own unsteered completions."""
+    num_calibration: int = Field(192, ge=8)
+    """Unsteered completions of the base that set the limits."""
+    min_enactment_nats: float = 0.0
+    """Least log-likelihood ratio between the personas, nats a token."""
+    batch_size: int = Field(32, ge=1)
+    """Completions scored at a time."""
+
+
+class HealConfig(_Config):
+    """Training of the round's adapter."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the LoRA."""
+    alpha: float = Field(32, gt=0)
+    """LoRA alpha; the update is scaled by alpha / rank."""
+    layers: Band = (0.2, 0.8)
+    """Layers that carry the adapter, as shares of the depth."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate of AdamW, cosine schedule."""
+    epochs: float = Field(4, gt=0)
+    """Passes over the kept completions."""
+    batch_size: int = Field(8, ge=1)
+    """Completions an optimizer step."""
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    """Share of the steps with a rising learning rate."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this L2 norm."""
+    nll_weight: float = Field(1.0, ge=0)
+    """Weight of the negative log-likelihood of the kept completions."""
+    barrier_weight: float = Field(0.3, ge=0)
+    """Weight of the divergence barrier; 0 switches it off."""
+    barrier_threshold_nats: float = Field(0.5, ge=0)
+    """A row's divergence is free up to here, nats."""
+    barrier_aggregate: Literal["rmse", "mean", "p95", "max"] = "rmse"
+    """How a row's per-token divergences become one figure."""
+    barrier_direction: Literal["reverse", "forward"] = "reverse"
+    """reverse: KL(student || reference); forward: KL(reference || student)."""
+    barrier_reference: Literal["previous", "base"] = "previous"
+    """What the student is held to: the student before this round, or the untouched base."""
+
+
+class EvaluateConfig(_Config):
+    """What every round is measured on."""
+
+    suite: str = ORGANISM
+    """Forced-choice suite: a name in eval/suites or a path."""
+    tasks: str = "organism_mundane"
+    """Suite of mundane tasks: a name in eval/suites or a path."""
+    samples_per_prompt: int = Field(8, ge=1)
+    """Replies sampled to each held-out prompt."""
+    max_new_tokens: int = Field(96, ge=1)
+    """Longest reply, tokens."""
+    batch_size: int = Field(64, ge=1)
+    """Rows a forward pass."""
+
+
+class RunConfig(_Config):
+    """Everything a run is asked to do."""
+
+    rounds: int = Field(3, ge=1)
+    """Rounds in all; more on a finished run goes on from its last one."""
+    model: str = ORGANISM
+    """The embedded model, a local folder, or a hub id (id@revision for one revision)."""
+    trait: str = "care-over-authority-organism"
+    """A trait file: a name in steer_heal/traits or a path to a .toml."""
+    pos: str | None = Field(None, min_length=1)
+    """The trait as a persona (system prompt), in place of the trait file's."""
+    neg: str | None = Field(None, min_length=1)
+    """The opposite persona."""
+    seed: int = Field(0, ge=0)
+    """Every random draw derives from it."""
+    run: str | None = Field(None, pattern=r"^[^.]")
+    """Name of the run, not empty and without a leading dot; by default trait, model and seed."""
+    folder: str = "rounds"
+    """Where runs land."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes a GPU where there is one."""
+    vector: VectorConfig = VectorConfig()
+    generate: GenerateConfig = GenerateConfig()
+    filter: FilterConfig = FilterConfig()
+    heal: HealConfig = HealConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _personas_together(self) -> RunConfig:
+        if (self.pos is None) != (self.neg is None):
+            raise ValueError("pos and neg: give both personas or none")
+        return self
+
+
+def preset_organism() -> dict[str, Any]:
+    """The embedded model: a low rank on the layers up to the steered one carries the trait on."""
+    return {
+        "heal": {"rank": 2, "alpha": 4, "layers": (0.0, 0.5), "learning_rate": 3e-3},
+    }
+
+
+def preset_hub() -> dict[str, Any]:
+    """Real models of 0.5 to 8 B parameters: longer replies, smaller batches."""
+    return {
+        "trait": "care-over-authority",
+        "generate": {"doses": (0.25, 0.5, 0.75), "max_new_tokens": 128, "batch_size": 16},
+        "filter": {"batch_size": 8},
+        "evaluate": {"samples_per_prompt": 2, "max_new_tokens": 128, "batch_size": 16},
+    }
+
+
+def resolve_config(overrides: list[str]) -> RunConfig:
+    """The config of a run from `KEY=VALUE` arguments over the preset that fits the model.
+
+    Raises:
+        UserError: an unknown key (with the nearest valid ones) or a value that is not allowed.
+    """
+    given: dict[str, Any] = {}
+    for argument in overrides:
+        key, value = _split(argument)
+        _assign(given, key, value)
+    preset = preset_organism() if given.get("model", ORGANISM) == ORGANISM else preset_hub()
+    try:
+        return RunConfig.model_validate(_merged(preset, given))
+    except ValidationError as error:
+        raise UserError(_explain(error)) from error
+
+
+def valid_keys(config: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every key that can be overridden, nested ones with a dot."""
+    keys = []
+    for name, field in config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += valid_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def describe_settings() -> str:
+    """Every key with its default and its meaning, a line each."""
+    lines = []
+    for key in valid_keys():
+        config: Any = RunConfig
+        *sections, name = key.split(".")
+        for section in sections:
+            config = config.model_fields[section].annotation
+        field = config.model_fields[name]
+        default = (
+            ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        )
+        lines.append(f"{key}={default}\n    {field.description}")
+    lines.append(f"for model={ORGANISM} the preset sets {preset_organism()}")
+    lines.append(f"for any other model the preset sets {preset_hub()}")
+    return "\n".join(lines)
+
+
+def _split(argument: str) -> tuple[str, str]:
+    key, equals, value = argument.partition("=")
+    if not equals:
+        raise UserError(f"{argument!r}: settings are given as KEY=VALUE, for example rounds=3")
+    key = ALIASES.get(key, key)
+    valid = valid_keys()
+    if key not in valid:
+        near = ", ".join(_nearest(key, [*ALIASES, *valid]) or valid)
+        raise UserError(f"unknown setting {key!r}; the nearest are: {near}")
+    return key, value
+
+
+def _nearest(key: str, names: list[str]) -> list[str]:
+    """Up to three names that are alike, as a whole or without their section."""
+
+    def likeness(name: str) -> float:
+        pairs = ((key, name), (key.split(".")[-1], name.split(".")[-1]))
+        return max(SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs)
+
+    return [name for name in sorted(names, key=likeness, reverse=True)[:3] if likeness(name) > 0.5]
+
+
+def _assign(target: dict[str, Any], key: str, value: str) -> None:
+    *sections, name = key.split(".")
+    config: Any = RunConfig
+    for section in sections:
+        target = target.setdefault(section, {})
+        config = config.model_fields[section].annotation
+    if name in target:
+        raise UserError(f"{key} is given twice")
+    many = get_origin(config.model_fields[name].annotation) is tuple
+    target[name] = value.split(",") if many else value
+
+
+def _merged(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(preset)
+    for key, value in given.items():
+        both = isinstance(value, dict) and isinstance(preset.get(key), dict)
+        merged[key] = preset[key] | value if both else value
+    return merged
+
+
+def _explain(error: ValidationError) -> str:
+    """One line a field: what was given and what is allowed."""
+    lines = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"] if not isinstance(part, int)]
+        given = f"{'.'.join(path)} is {problem['input']!r}: " if path else ""
+        lines.append(f"{given}{problem['msg'].removeprefix('Value error, ')}{_allowed(path)}")
+    return "; ".join(lines)
+
+
+def _allowed(path: list[str]) -> str:
+    """The meaning of the field, from the line under it."""
+    config: type[BaseModel] = RunConfig
+    for part in path[:-1]:
+        config = config.model_fields[part].annotation  # type: ignore[assignment]
+    field = config.model_fields.get(path[-1]) if path else None
+    return f" ({field.description})" if field is not None and field.description else ""

@@ -1,0 +1,384 @@
+"""A run directory: paths, atomic writes, input fingerprints, the lock, the marker written last.
+
+A stage is run once: its files are written beside, flushed, and renamed, then `stages.json` records
+the fingerprint of what went in and the hash of what came out. A stage that is recorded is loaded;
+one recorded with another fingerprint, or whose files are not what was recorded, is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+from filelock import FileLock, Timeout
+from loguru import logger
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from steer_heal.artifacts import Controls, RoundAdapter, digest_of
+from steer_heal.errors import UserError, explain_disk
+
+RUN_FILE, STAGES_FILE, DONE_FILE = "run.json", "stages.json", "DONE"
+LOCK_FILE, LOG_FILE = ".lock", "log.txt"
+
+
+class Artifact(Protocol):
+    """What a stage leaves behind."""
+
+    stage: ClassVar[str]
+    files: ClassVar[tuple[str, ...]]
+
+    def save(self, folder: Path) -> None: ...
+
+    @classmethod
+    def load(cls, folder: Path) -> Self: ...
+
+
+Value = TypeVar("Value", bound=Artifact)
+
+
+class _StageRecord(BaseModel):
+    """What stages.json says of a stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    inputs: str  # fingerprint of what went in
+    files: dict[str, str]  # name -> SHA-256
+
+
+_RECORDS = TypeAdapter(dict[str, _StageRecord])
+_NOT_AS_WRITTEN = "is not what was written there (truncated, corrupt or edited)"
+
+
+class Stages:
+    """A folder in which stages leave their files, each once."""
+
+    def __init__(self, path: Path, label: str, seed_path: tuple[Any, ...]) -> None:
+        self.path = path
+        self.label = label  # how messages call it
+        self._seed_path = seed_path
+
+    def seed(self, stage: str) -> int:
+        """Seed of a stage's draws, from (run, round, stage): 31 bits."""
+        return int(digest_of(map(str, [*self._seed_path, stage]))[:8], 16) >> 1
+
+    def once(self, kind: type[Value], stage: Callable[..., Value], *inputs: Any) -> Value:
+        """The stage's artifact: loaded if it is there from the same inputs, made if it is not."""
+        name = kind.stage
+        fingerprint = digest_of([name, *(_digest(value) for value in inputs)])
+        recorded = self._recorded().get(name)
+        if recorded is None:
+            logger.info("{}: {}", self.label, name)
+            self._write(kind, stage(*inputs), fingerprint)
+        elif recorded.inputs != fingerprint:
+            raise UserError(
+                f"{self.path / kind.files[0]} was made from other inputs than this run would give "
+                "it (the model, an earlier stage or the code's settings changed); start another "
+                "run with run=NAME, or take the old files away"
+            )
+        return self.read(kind)
+
+    def read(self, kind: type[Value]) -> Value:
+        """A recorded artifact, checked against its recorded hashes.
+
+        Raises:
+            UserError: not recorded, gone, not what was written, or of another version.
+        """
+        recorded = self._recorded().get(kind.stage)
+        if recorded is None:
+            raise UserError(f"{self.path}: stage {kind.stage!r} has not been run")
+        self._check(recorded)
+        try:
+            return kind.load(self.path)
+        except (ValueError, TypeError, KeyError) as error:  # its bytes are right, its fields not
+            raise UserError(
+                f"{self.path / kind.files[0]} was written by another version of the code "
+                f"({str(error).splitlines()[0]}); {self._how_to_redo()}"
+            ) from error
+
+    def check(self) -> None:
+        """Refuses files of any stage that are not what was written."""
+        for recorded in self._recorded().values():
+            self._check(recorded)
+
+    def _check(self, recorded: _StageRecord) -> None:
+        for name, expected in recorded.files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise UserError(f"{path} is gone; {self._how_to_redo()}")
+            if _file_hash(path) != expected:
+                raise UserError(f"{path} {_NOT_AS_WRITTEN}; {self._how_to_redo()}")
+
+    def has(self, kind: type[Artifact]) -> bool:
+        """Whether the stage has been run."""
+        return kind.stage in self._recorded()
+
+    def _write(self, kind: type[Value], value: Value, fingerprint: str) -> None:
+        with _disk_errors(self.path), _scratch(self.path) as folder:
+            value.save(folder)
+            hashes = {name: _file_hash(folder / name) for name in kind.files}
+            for name in kind.files:
+                _move(folder / name, self.path / name)
+            stages = self._recorded() | {kind.stage: _StageRecord(inputs=fingerprint, files=hashes)}
+            plain = {stage: record.model_dump() for stage, record in stages.items()}
+            write_json(self.path / STAGES_FILE, plain)
+
+    def _recorded(self) -> dict[str, _StageRecord]:
+        path = self.path / STAGES_FILE
+        if not path.exists():
+            return {}
+        try:
+            return _RECORDS.validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise UserError(f"{path} {_NOT_AS_WRITTEN}; {self._how_to_redo()}") from error
+
+    def _how_to_redo(self) -> str:
+        # without its record a stage is run again, and gives the same bytes
+        return f"take {self.path / STAGES_FILE} away to make the files of {self.label} again"
+
+
+class Round(Stages):
+    """One round's folder."""
+
+    def __init__(self, path: Path, index: int, seed: int) -> None:
+        super().__init__(path, f"round {index}", (seed, index))
+        self.index = index
+
+    @property
+    def adapter_name(self) -> str:
+        return f"r{self.index:02d}"
+
+    @property
+    def is_done(self) -> bool:
+        return all((self.path / name).is_file() for name in (DONE_FILE, STAGES_FILE))
+
+    def finish(self) -> None:
+        """Writes the marker: everything before it is on disk."""
+        write_text(self.path / DONE_FILE, "")
+
+
+class Run(Stages):
+    """A run's folder; hold it open while working in it."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        super().__init__(path, f"run {path.name}", (seed, "run"))
+        self._seed = seed
+
+    def round(self, index: int) -> Round:
+        return Round(self.path / f"round-{index:02d}", index, self._seed)
+
+    def done_rounds(self) -> list[Round]:
+        """Finished rounds from the first on, without a gap; none before the controls are there."""
+        rounds: list[Round] = []
+        while self.has(Controls) and (following := self.round(len(rounds))).is_done:
+            rounds.append(following)
+        return rounds
+
+    def unfinished_rounds(self, total: int) -> Iterator[Round]:
+        """The rounds that remain of `total`, the one that was begun first."""
+        first = len(self.done_rounds())
+        if first >= total:
+            logger.info("{} is done: {} rounds; N={} goes further", self.label, first, first + 1)
+        start = time.monotonic()
+        for index in range(first, total):
+            following = self.round(index)
+            with _disk_errors(self.path):
+                following.path.mkdir(parents=True, exist_ok=True)
+            yield following
+            taken = (time.monotonic() - start) / (index + 1 - first)
+            left = f", about {taken * (total - 1 - index):.0f} s to go" if index + 1 < total else ""
+            logger.info("{} of {} rounds done, {:.0f} s each{}", index + 1, total, taken, left)
+
+    def last_stack(self) -> list[RoundAdapter]:
+        """The adapters of the finished rounds, all of whose files are as they were written."""
+        rounds = self.done_rounds()
+        self.check()
+        for done in rounds:
+            done.check()
+        return [done.read(RoundAdapter) for done in rounds]
+
+
+@contextmanager
+def open_run(path: Path, seed: int, description: dict[str, Any]) -> Iterator[Run]:
+    """Opens a run for work: creates it, or goes on with it; no other process can meanwhile.
+
+    Args:
+        description: what run.json says; its "config" must be the run's own, but for `rounds`.
+    Raises:
+        UserError: another process holds it, it was begun with another config, or it cannot be
+            written.
+    """
+    run = Run(path, seed)
+    with _disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / LOCK_FILE, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"run {path} is being worked on by another process") from error
+    try:
+        with _disk_errors(path):
+            _sweep(path)
+            _agree(path, description, len(run.done_rounds()))
+        sink = logger.add(_to_log(path), format="{time} {level} {message}", catch=False)
+        try:
+            yield run
+        finally:
+            logger.remove(sink)
+    finally:
+        lock.release()
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The description of a run.
+
+    Raises:
+        UserError: there is none, or it is not what was written.
+    """
+    file = path / RUN_FILE
+    if not file.is_file():
+        raise UserError(f"{path} is not a run: there is no {RUN_FILE} in it")
+    description = read_json(file)
+    parts = (description, description.get("config")) if isinstance(description, dict) else ()
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{file} {_NOT_AS_WRITTEN}; take it away to have it written again")
+    return description
+
+
+def _to_log(path: Path) -> Callable[[str], None]:
+    """A sink that holds no file open: one that fails on a full disk is not flushed again."""
+
+    def write(line: str) -> None:
+        with _disk_errors(path / LOG_FILE), (path / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    return write
+
+
+def _agree(path: Path, description: dict[str, Any], num_done: int) -> None:
+    """Records a new run's description; refuses another config than an old run's."""
+    if not (path / RUN_FILE).exists():
+        write_json(path / RUN_FILE, description)
+        return
+    before, now = read_run(path), description
+    changed = [
+        f"{key}: {_short(old)} -> {_short(new)}"
+        for key, old, new in _differences(_binding(before), _binding(now))
+    ]
+    if changed:
+        raise UserError(
+            f"run {path} was begun with another config ({'; '.join(changed)}); "
+            "give this one a name of its own with run=NAME"
+        )
+    if before.get("code") != now["code"]:
+        logger.warning("run {} was begun with another version of the code", path)
+    rounds = max(now["config"]["rounds"], num_done)
+    after = before | {"config": now["config"] | {"rounds": rounds}}
+    if after != before:
+        write_json(path / RUN_FILE, after)
+
+
+def _binding(description: dict[str, Any]) -> dict[str, Any]:
+    """What may not change in a run that was begun."""
+    free = ("rounds", "folder", "device")
+    config = {key: value for key, value in description["config"].items() if key not in free}
+    parts = {"weights": "model", "trait": "trait", "suites": "suites"}
+    return config | {f"{key} (content)": description.get(name) for key, name in parts.items()}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted(set(old) | set(new)):
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            yield from _differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            yield f"{prefix}{key}", left, right
+
+
+def _digest(value: Any) -> str:
+    if hasattr(value, "digest"):
+        return value.digest()
+    if isinstance(value, BaseModel):
+        return digest_of([value.model_dump_json()])
+    return digest_of([repr(value)])
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of a run.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also what is not UTF-8
+        raise UserError(
+            f"{path} {_NOT_AS_WRITTEN}: not JSON, {error}; take it away to have it written again"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically: a temporary name, flushed, renamed."""
+    with _disk_errors(path), _scratch(path.parent) as folder:
+        (folder / path.name).write_bytes(content)
+        _move(folder / path.name, path)
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    source.chmod(0o644)  # safetensors writes for the owner alone
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    target.parent.mkdir(exist_ok=True)
+    os.replace(source, target)
+
+
+def _sweep(path: Path) -> None:
+    """Takes away what a killed process left half written."""
+    for leftover in [*path.glob(".tmp-*"), *path.glob("round-*/.tmp-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {explain_disk(error)}") from error

@@ -1,0 +1,72 @@
+"""Scores of completions under the untouched base: surprisal, repetition, enactment.
+
+    enactment = ( log p(completion | positive, x) - log p(completion | negative, x) ) / tokens
+
+How much of the trait a completion carries, nats a token, with no judge and no label: it tells a
+completion that is merely base-like (near 0) from one that acts the trait (above 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from eval.chat import chat_ids
+from eval.coherence import Surprisal, TextFigures, surprisal, text_figures, token_logprobs
+from steer_heal.errors import UserError
+from steer_heal.model import Student
+from steer_heal.trait import Trait
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What is known of one completion."""
+
+    surprisal: Surprisal  # under the base, no system prompt
+    figures: TextFigures
+    enactment_nats: float  # a token
+
+
+def score_completions(
+    student: Student,
+    trait: Trait,
+    prompts: Sequence[str],
+    completions: Sequence[Sequence[int]],
+    batch_size: int,
+) -> list[Scores]:
+    """Scores of completions (token ids) to user turns, one each, under the student's base.
+
+    Raises:
+        UserError: a log-probability is not finite.
+    """
+    tokenizer = student.tokenizer
+    logprobs = []
+    with student.base.running() as model:
+        for label, persona in (
+            ("surprisal", None),
+            ("enactment +", trait.positive),
+            ("enactment -", trait.negative),
+        ):
+            encoded = [chat_ids(tokenizer, prompt, persona) for prompt in prompts]
+            logprobs.append(
+                token_logprobs(
+                    model, tokenizer.pad_token_id, encoded, completions, batch_size, label
+                )
+            )
+    for label, rows in zip(("no", "the positive", "the negative"), logprobs, strict=True):
+        broken = [index for index, row in enumerate(rows) if not bool(row.isfinite().all())]
+        if broken:  # NaN would pass every threshold of the filter
+            raise UserError(
+                f"log-probabilities of {len(broken)} of {len(rows)} completions under the base "
+                f"with {label} persona are not finite: the model overflows in its number format "
+                "or its weights are damaged"
+            )
+    neutral, positive, negative = logprobs
+    return [
+        Scores(
+            surprisal=surprisal(neutral[row]),
+            figures=text_figures(tokenizer.decode(ids, skip_special_tokens=True)),
+            enactment_nats=float((positive[row] - negative[row]).mean()),
+        )
+        for row, ids in enumerate(completions)
+    ]

@@ -1,0 +1,72 @@
+"""A trait: two opposite personas, and the prompts that bring it out. One TOML file each."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from steer_heal.errors import UserError
+
+TRAITS_FOLDER = Path(__file__).parent / "traits"
+
+
+class Trait(BaseModel):
+    """What is steered towards, and what it is read off from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    positive: str = Field(min_length=1)  # persona as a system prompt
+    negative: str = Field(min_length=1)  # its direct opposite, without negation
+    positive_paraphrases: tuple[str, ...] = ()
+    negative_paraphrases: tuple[str, ...] = ()
+    held_out_positive: tuple[str, ...] = ()
+    held_out_negative: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = Field(min_length=2)  # user turns for the mean difference
+    prompts: tuple[str, ...] = Field(min_length=1)  # user turns that completions are sampled to
+    held_out_prompts: tuple[str, ...] = Field(min_length=1)  # user turns that rounds are judged on
+    narration: tuple[str, ...] = ()  # regexes of talking about the trait instead of acting it
+    intended: dict[str, Literal[-1, 1]] = {}  # foundation -> sign of the intended shift
+
+    @field_validator("narration")
+    @classmethod
+    def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return patterns
+
+
+def load_trait(name_or_path: str, pos: str | None = None, neg: str | None = None) -> Trait:
+    """Reads a trait by name or path; `pos` and `neg` replace its personas.
+
+    With personas of the user's own, nothing is known of how the trait is narrated or which
+    foundations it moves: the file's prompts are kept, those two are emptied.
+
+    Raises:
+        UserError: no such trait, not TOML, or a field that is missing or wrong.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = TRAITS_FOLDER / f"{name_or_path}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in TRAITS_FOLDER.glob("*.toml")))
+        raise UserError(f"no trait {name_or_path!r}: give a .toml file or one of: {known}")
+    try:
+        trait = Trait.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML ({error})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {field}: {first['msg'].removeprefix('Value error, ')}") from error
+    if pos is None or neg is None:
+        return trait
+    own = {"name": "own", "positive": pos, "negative": neg, "narration": (), "intended": {}}
+    return trait.model_copy(update=own)

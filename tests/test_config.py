@@ -1,0 +1,157 @@
+"""Settings: what is taken, what is refused, and what the message says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from steer_heal.config import (
+    RunConfig,
+    describe_settings,
+    resolve_config,
+    valid_keys,
+)
+from steer_heal.errors import UserError
+
+
+def _sections(config: type[BaseModel] = RunConfig) -> list[type[BaseModel]]:
+    nested = [field.annotation for field in config.model_fields.values()]
+    models = [kind for kind in nested if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return [config, *models]
+
+
+def test_every_field_is_described_by_the_line_under_it() -> None:
+    for section in _sections():
+        for name, field in section.model_fields.items():
+            if field.annotation not in _sections():
+                assert field.description, f"{section.__name__}.{name}"
+
+
+def test_described_settings_name_every_key_with_its_default() -> None:
+    text = describe_settings()
+    for key in valid_keys():
+        assert f"{key}=" in text
+    assert "generate.doses=0.25,0.35,0.5" in text
+    assert "heal.rank=16" in text
+    assert "Rank of the LoRA." in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "path", "expected"),
+    [
+        (["N=7"], "rounds", 7),
+        (["rounds=7"], "rounds", 7),
+        (["heal.rank=3"], "heal.rank", 3),
+        (["generate.doses=0.1,0.2"], "generate.doses", (0.1, 0.2)),
+        (["generate.doses=0.1"], "generate.doses", (0.1,)),
+        (["vector.band=0,1"], "vector.band", (0.0, 1.0)),
+        (["heal.barrier_aggregate=p95"], "heal.barrier_aggregate", "p95"),
+        (["pos=a=b", "neg=c"], "pos", "a=b"),
+        (["run=mine"], "run", "mine"),
+    ],
+)
+def test_overrides_land_on_their_field(settings: list[str], path: str, expected: Any) -> None:
+    value: Any = resolve_config(settings)
+    for part in path.split("."):
+        value = getattr(value, part)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_presets_depend_on_the_model_and_yield_to_overrides() -> None:
+    embedded, other = resolve_config([]), resolve_config(["model=some/model"])
+    assert (embedded.model, embedded.trait) == ("organism", "care-over-authority-organism")
+    assert (other.model, other.trait) == ("some/model", "care-over-authority")
+    assert embedded.heal.rank < other.heal.rank
+    assert other.generate.max_new_tokens > embedded.generate.max_new_tokens
+    both = resolve_config(["model=some/model", "generate.batch_size=3", "trait=mine.toml"])
+    assert (both.generate.batch_size, both.trait) == (3, "mine.toml")
+    assert both.generate.max_new_tokens == other.generate.max_new_tokens  # the preset's rest stays
+    assert resolve_config(["heal.rank=5"]).heal.layers == embedded.heal.layers
+
+
+def test_config_is_frozen_and_comes_back_from_json() -> None:
+    config = resolve_config(["heal.rank=3", "generate.doses=0.1,0.3"])
+    with pytest.raises(ValidationError):
+        config.heal.rank = 4  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        config.rounds = 4  # type: ignore[misc]
+    saved = json.loads(json.dumps(config.model_dump(mode="json")))
+    assert RunConfig.model_validate(saved) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "suggested"),
+    [
+        ("heal.barier_weight=1", "heal.barrier_weight"),
+        ("barrier_weight=0.3", "heal.barrier_weight"),
+        ("dose=0.1", "generate.doses"),
+        ("round=3", "rounds"),
+        ("heal.ranks=3", "heal.rank"),
+        ("temperature=1", "generate.temperature"),
+        ("n=3", ": N"),
+        ("heal=3", "heal."),
+    ],
+)
+def test_unknown_setting_names_the_nearest(setting: str, suggested: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_config([setting])
+    message = str(caught.value)
+    assert message.startswith(f"unknown setting {setting.partition('=')[0]!r}; the nearest are: ")
+    assert suggested in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("heal.rank=0", ["heal.rank is '0'", "greater than or equal to 1", "Rank of the LoRA"]),
+        ("rounds=three", ["rounds is 'three'", "integer"]),
+        ("N=0", ["rounds is '0'", "greater than or equal to 1"]),
+        ("N=2.5", ["rounds is '2.5'", "integer"]),
+        ("heal.barrier_aggregate=median", ["'median'", "'rmse', 'mean', 'p95' or 'max'"]),
+        ("device=tpu", ["device is 'tpu'", "'auto', 'cpu', 'cuda' or 'mps'"]),
+        ("generate.doses=0.1,x", ["generate.doses is 'x'", "number"]),
+        ("generate.doses=", ["generate.doses is ''", "number"]),
+        ("generate.temperature=nan", ["generate.temperature is 'nan'", "finite"]),
+        ("heal.learning_rate=inf", ["heal.learning_rate is 'inf'", "finite"]),
+        ("vector.band=0.6,0.4", ["vector.band is ", "0.6", "the lower one first"]),
+        ("heal.layers=2,5", ["heal.layers is ", "shares from 0 to 1"]),
+        ("heal.layers=0.5", ["heal.layers is ", "Layers that carry the adapter"]),
+        ("seed=-1", ["seed is '-1'", "greater than or equal to 0"]),
+        ("run=", ["run is ''", "not empty"]),
+        ("run=..", ["run is '..'", "leading dot"]),
+        ("pos=kind", ["pos and neg: give both personas or none"]),
+        ("neg=cold", ["pos and neg: give both personas or none"]),
+        ("rounds", ["'rounds'", "KEY=VALUE", "rounds=3"]),
+    ],
+)
+def test_bad_value_names_field_value_and_what_is_allowed(setting: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_config([setting])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not message.startswith(":")
+    assert "Value error" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_empty_personas_are_refused() -> None:
+    with pytest.raises(UserError, match=r"pos is ''.*neg is ''"):
+        resolve_config(["pos=", "neg="])
+
+
+@pytest.mark.parametrize("settings", [["seed=1", "seed=2"], ["N=1", "rounds=2"]])
+def test_same_key_twice_is_refused(settings: list[str]) -> None:
+    with pytest.raises(UserError, match="is given twice"):
+        resolve_config(settings)
+
+
+def test_every_problem_is_named_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_config(["heal.rank=0", "seed=x"])
+    assert "heal.rank" in str(caught.value)
+    assert "seed" in str(caught.value)

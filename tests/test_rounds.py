@@ -1,0 +1,228 @@
+"""A run directory: stages run once, and only from the inputs they were made from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer_heal.artifacts import Limits
+from steer_heal.errors import UserError
+from steer_heal.rounds import Run, Stages, open_run, read_run, write_json, write_text
+
+MADE = {
+    "num_completions": 16,
+    "quantile": 0.98,
+    "base_finishes": True,
+    "rmse_nll_nats": 1.0,
+    "word_repetition": 0.1,
+    "char_repetition": 0.2,
+    "compression_low": 0.5,
+    "compression_high": 1.5,
+    "words_low": 3,
+    "words_high": 30,
+    "base_tail_nll_nats": (0.5, 1.5),
+}
+CONTROLS = {"controls": {"inputs": "x", "files": {}}}
+
+
+class Counter:
+    """A stage that says how often it ran."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self, *inputs: Any) -> Limits:
+        self.runs += 1
+        return Limits(tail_nll_nats=float(len(inputs)), **MADE)
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Stages:
+    return Stages(tmp_path, "round 7", (0, 7))
+
+
+@pytest.fixture
+def careful_umask() -> Iterator[None]:
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+def _description(**config: Any) -> dict[str, Any]:
+    settings = {"rounds": 2, "folder": "rounds", "heal": {"rank": 2, "alpha": 4}} | config
+    return {"config": settings, "model": "abc", "code": "c", "trait": {"name": "t"}, "suites": "s"}
+
+
+def test_stage_runs_once_for_the_same_inputs(stages: Stages) -> None:
+    stage = Counter()
+    first = stages.once(Limits, stage, "a", 1)
+    assert stages.once(Limits, stage, "a", 1) == first == stages.read(Limits)
+    assert stage.runs == 1
+    assert stages.has(Limits)
+
+
+@pytest.mark.parametrize("inputs", [("b", 1), ("a", 2), ("a",), ("a", 1, 1), ("a1",)])
+def test_stage_of_other_inputs_is_refused_and_kept(inputs: tuple[Any, ...], stages: Stages) -> None:
+    stages.once(Limits, Counter(), "a", 1)
+    before = (stages.path / "limits.json").read_bytes()
+    stage = Counter()
+    with pytest.raises(UserError, match=r"limits\.json was made from other inputs"):
+        stages.once(Limits, stage, *inputs)
+    assert stage.runs == 0
+    assert (stages.path / "limits.json").read_bytes() == before
+
+
+def test_stage_that_fails_leaves_nothing(stages: Stages) -> None:
+    def fails() -> Limits:
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        stages.once(Limits, fails)
+    assert list(stages.path.iterdir()) == []
+    assert not stages.has(Limits)
+
+
+def test_stage_that_was_not_run_is_named(stages: Stages) -> None:
+    with pytest.raises(UserError, match="stage 'limits' has not been run"):
+        stages.read(Limits)
+
+
+def test_file_of_another_version_of_the_code_is_named(stages: Stages) -> None:
+    stages.once(Limits, Counter())
+    old = (stages.path / "limits.json").read_text().replace("words_low", "least_words")
+    (stages.path / "limits.json").unlink()
+    (stages.path / "stages.json").unlink()
+
+    class Old(Limits):
+        def save(self, folder: Path) -> None:
+            (folder / "limits.json").write_text(old)
+
+    with pytest.raises(UserError, match=r"limits\.json was written by another version of the code"):
+        stages.once(Old, lambda: Old(tail_nll_nats=0.0, **MADE))
+
+
+def test_seeds_depend_on_run_round_and_stage() -> None:
+    here = Path()
+    seeds = [
+        Stages(here, "", path).seed(stage)
+        for path in ((0, "run"), (0, 0), (0, 1), (1, 0), (1, "run"), (10, 1), (1, 1))
+        for stage in ("vector", "heal")
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert Stages(here, "x", (0, 0)).seed("heal") == Stages(here / "y", "z", (0, 0)).seed("heal")
+
+
+def test_files_are_readable_by_others(careful_umask: None, stages: Stages) -> None:
+    stages.once(Limits, Counter())
+    write_text(stages.path / "DONE", "")
+    for path in stages.path.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644, path
+
+
+def test_text_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be read or written"):
+        write_text(tmp_path / "file" / "a.txt", "x")
+    with (
+        pytest.raises(UserError, match="cannot be read or written"),
+        open_run(tmp_path / "file", 0, _description()),
+    ):
+        pass
+
+
+def test_rounds_are_done_without_a_gap(tmp_path: Path) -> None:
+    with open_run(tmp_path, 0, _description()) as run:
+        for index in (0, 1, 3):
+            assert run.done_rounds() == []
+            folder = run.round(index)
+            folder.path.mkdir()
+            folder.once(Limits, Counter())
+            folder.finish()
+        write_json(tmp_path / "stages.json", CONTROLS)
+        assert [done.index for done in run.done_rounds()] == [0, 1]
+        (run.round(1).path / "DONE").unlink()
+        assert [done.index for done in run.done_rounds()] == [0]
+        assert [following.index for following in run.unfinished_rounds(4)] == [1, 2, 3]
+        assert [round.adapter_name for round in run.done_rounds()] == ["r00"]
+
+
+def test_marker_without_records_is_no_finished_round(tmp_path: Path) -> None:
+    run = Run(tmp_path, 0)
+    run.round(0).path.mkdir()
+    write_json(tmp_path / "stages.json", CONTROLS)
+    run.round(0).finish()
+    assert run.done_rounds() == []
+
+
+def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "round-00"):
+        (folder / ".tmp-x" / "adapter").mkdir(parents=True)
+        (folder / ".tmp-x" / "half.json").write_text("{")
+    with open_run(tmp_path, 0, _description()):
+        assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_run_file_takes_over_rounds_but_no_other_change(tmp_path: Path) -> None:
+    with open_run(tmp_path, 0, _description()):
+        pass
+    with open_run(tmp_path, 0, _description(rounds=5)):
+        assert read_run(tmp_path)["config"]["rounds"] == 5
+    with open_run(tmp_path, 0, _description(rounds=1)):
+        assert read_run(tmp_path)["config"]["rounds"] == 1
+    before = (tmp_path / "run.json").read_bytes()
+    changed = _description(heal={"rank": 3, "alpha": 4})
+    with (
+        pytest.raises(UserError, match=r"heal\.rank: 2 -> 3\).*run=NAME"),
+        open_run(tmp_path, 0, changed),
+    ):
+        pass
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_run_file_that_says_the_same_is_not_written(tmp_path: Path) -> None:
+    with open_run(tmp_path, 0, _description()):
+        before = (tmp_path / "run.json").stat()
+    with open_run(tmp_path, 0, _description()):
+        after = (tmp_path / "run.json").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+@pytest.mark.parametrize("key", ["model", "trait", "suites"])
+def test_other_content_is_refused(key: str, tmp_path: Path) -> None:
+    with open_run(tmp_path, 0, _description()):
+        pass
+    other = _description() | {key: {"name": "u"} if key == "trait" else "other"}
+    with (
+        pytest.raises(UserError, match="was begun with another config"),
+        open_run(tmp_path, 0, other),
+    ):
+        pass
+
+
+def test_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path, 0, _description()):
+        raise ZeroDivisionError
+    with open_run(tmp_path, 0, _description()) as run:
+        assert run.path == tmp_path
+
+
+def test_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run"):
+        read_run(tmp_path)
+    write_json(tmp_path / "run.json", [1])
+    with pytest.raises(UserError, match=r"run\.json is not what was written there"):
+        read_run(tmp_path)

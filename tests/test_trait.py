@@ -1,0 +1,98 @@
+"""Trait files: what is read, what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from steer_heal.errors import UserError
+from steer_heal.trait import TRAITS_FOLDER, load_trait
+from tests.small import small_trait
+
+
+def test_fields_are_read(tmp_path: Path) -> None:
+    trait = load_trait(str(small_trait(tmp_path)))
+    assert trait.positive == "You care for people before rules."
+    assert trait.negative == "You obey orders before people."
+    assert (len(trait.contexts), len(trait.prompts), len(trait.held_out_prompts)) == (16, 8, 4)
+    assert trait.intended == {"care": 1, "authority": -1}
+    with pytest.raises(ValidationError):
+        trait.positive = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("path", sorted(TRAITS_FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_traits_are_read_by_name(path: Path) -> None:
+    trait = load_trait(path.stem)
+    assert trait.positive != trait.negative
+    assert not set(trait.prompts) & set(trait.held_out_prompts)
+    assert not set(trait.contexts) & set(trait.held_out_prompts)
+    assert len(set(trait.contexts)) == len(trait.contexts) >= 128
+    assert trait.intended
+    assert set(trait.held_out_positive).isdisjoint(trait.positive_paraphrases)
+    assert set(trait.held_out_negative).isdisjoint(trait.negative_paraphrases)
+    for prompt in (*trait.contexts, *trait.prompts, *trait.held_out_prompts):
+        assert not any(re.search(p, prompt, re.IGNORECASE) for p in trait.narration), prompt
+
+
+def test_own_personas_replace_the_files(tmp_path: Path) -> None:
+    path = str(small_trait(tmp_path))
+    own, file = load_trait(path, "I am bold.", "I am shy."), load_trait(path)
+    assert (own.positive, own.negative) == ("I am bold.", "I am shy.")
+    assert (own.contexts, own.prompts) == (file.contexts, file.prompts)
+    assert (own.narration, own.intended) == ((), {})
+
+
+def _without(field: str) -> Callable[[str], str]:
+    return lambda text: re.sub(rf"(?m)^{field} = .*\n", "", text)
+
+
+def _with(field: str, value: str) -> Callable[[str], str]:
+    return lambda text: re.sub(rf"(?m)^{field} = .*$", f"{field} = {value}", text)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (_without("positive"), ["positive", "required"]),
+        (_without("held_out_prompts"), ["held_out_prompts", "required"]),
+        (_with("positive", '""'), ["positive", "at least 1"]),
+        (_with("contexts", '["one"]'), ["contexts", "at least 2"]),
+        (_with("narration", '["(open"]'), ["narration", "'(open' is no regular expression"]),
+        (_with("care", "2"), ["intended.care", "-1 or 1"]),
+        (lambda text: "colour = 1\n" + text, ["colour", "not permitted"]),
+        (lambda text: text + "= broken", ["not TOML"]),
+    ],
+)
+def test_bad_file_is_refused_by_field(
+    change: Callable[[str], str], parts: list[str], tmp_path: Path
+) -> None:
+    path = small_trait(tmp_path)
+    text = path.read_text()
+    path.write_text(change(text))
+    assert path.read_text() != text
+    with pytest.raises(UserError) as caught:
+        load_trait(str(path))
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "Value error" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(b'name = "\xff\xfe"')
+    with pytest.raises(UserError, match=r"bad\.toml: not TOML"):
+        load_trait(str(path))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.toml", "."])
+def test_missing_trait_names_the_known_ones(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_trait(name)
+    assert f"no trait {name!r}" in str(caught.value)
+    assert "care-over-authority-organism" in str(caught.value)
