@@ -1,0 +1,67 @@
+"""The filter's limits, from the base's own unsteered completions.
+
+Absolute perplexities do not carry from model to model; quantiles of what the untouched base says to
+the same prompts do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from eval.chat import chat_ids
+from eval.coherence import surprisal, text_figures, token_logprobs
+from eval.sampling import sample_replies
+from steer_heal.artifacts import Limits
+from steer_heal.config import FilterConfig, GenerateConfig
+from steer_heal.model import Student
+from steer_heal.trait import Trait
+
+
+def calibrate(
+    student: Student, trait: Trait, config: FilterConfig, generate: GenerateConfig, seed: int
+) -> Limits:
+    """Samples `config.num_calibration` completions of the base and takes their quantiles."""
+    tokenizer = student.tokenizer
+    turns = [trait.prompts[row % len(trait.prompts)] for row in range(config.num_calibration)]
+    prompts = [chat_ids(tokenizer, turn) for turn in turns]
+    with student.base.running() as model:
+        replies = sample_replies(
+            model,
+            tokenizer,
+            prompts,
+            seed=seed,
+            max_new_tokens=generate.max_new_tokens,
+            temperature=generate.temperature,
+            batch_size=generate.batch_size,
+            label="calibration",
+        )
+        ids = [reply.token_ids for reply in replies]
+        logprobs = token_logprobs(
+            model, tokenizer.pad_token_id, prompts, ids, config.batch_size, "surprisal"
+        )
+    surprisals = [surprisal(row) for row in logprobs]
+    figures = [text_figures(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+    tails = [each.tail_nll_nats for each in surprisals]
+
+    def upper(values: Sequence[float]) -> float:
+        return float(np.quantile(values, config.quantile))
+
+    def lower(values: Sequence[float]) -> float:
+        return float(np.quantile(values, 1 - config.quantile))
+
+    return Limits(
+        num_completions=len(ids),
+        quantile=config.quantile,
+        base_finishes=sum(reply.finished for reply in replies) >= config.quantile * len(replies),
+        tail_nll_nats=upper(tails),
+        rmse_nll_nats=upper([each.rmse_nll_nats for each in surprisals]),
+        word_repetition=upper([figure.word_repetition for figure in figures]),
+        char_repetition=upper([figure.char_repetition for figure in figures]),
+        compression_low=lower([figure.compression_ratio for figure in figures]),
+        compression_high=upper([figure.compression_ratio for figure in figures]),
+        words_low=int(lower([figure.words for figure in figures])),
+        words_high=int(np.ceil(upper([figure.words for figure in figures]))),
+        base_tail_nll_nats=tuple(sorted(tails)),
+    )

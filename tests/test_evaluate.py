@@ -1,0 +1,268 @@
+"""Evaluation: the same items in every condition, and no difference where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eval.chat import chat_ids
+from eval.coherence import Surprisal, TextFigures
+from eval.forced_choice import forced_choice
+from eval.sampling import sample_replies
+from eval.suite import load_suite
+from steer_heal.artifacts import (
+    ConditionEval,
+    Controls,
+    RoundAdapter,
+    RoundEval,
+    Screened,
+    ScreenedCompletion,
+    SteeringVector,
+)
+from steer_heal.config import EvaluateConfig, VectorConfig
+from steer_heal.evaluate import evaluate_controls, evaluate_round
+from steer_heal.model import Student, load_student
+from steer_heal.scoring import score_completions
+from steer_heal.trait import Trait, load_trait
+from steer_heal.vector import extract_vector
+from tests.conftest import TinyModel
+from tests.small import FOUNDATIONS, small_suites, small_trait
+from tests.test_stack import random_adapter
+
+
+@pytest.fixture(scope="module")
+def trait(tmp_path_factory: pytest.TempPathFactory) -> Trait:
+    return load_trait(str(small_trait(tmp_path_factory.mktemp("trait"))))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+    choices, tasks = small_suites(tmp_path_factory.mktemp("suites"))
+    return EvaluateConfig(
+        suite=str(choices), tasks=str(tasks), samples_per_prompt=3, max_new_tokens=12, batch_size=5
+    )
+
+
+def kept_at(*doses: float) -> Screened:
+    return Screened(
+        rows=tuple(
+            ScreenedCompletion(
+                prompt_index=0,
+                prompt="x",
+                prompt_ids=(1,),
+                token_ids=(1,),
+                text="",
+                dose=dose,
+                seed=0,
+                finished=True,
+                kl_p95_nats=0.0,
+                surprisal=Surprisal(mean_nll_nats=1, tail_nll_nats=1, rmse_nll_nats=1),
+                figures=TextFigures(
+                    words=1, word_repetition=0, char_repetition=0, compression_ratio=1
+                ),
+                enactment_nats=0.0,
+                dropped=None,
+            )
+            for dose in doses
+        ),
+        curve=(),
+    )
+
+
+def vector_of(student: Student, trait: Trait) -> SteeringVector:
+    return extract_vector(student, trait, VectorConfig(num_contexts=8, band=(0.5, 1.0)), seed=0)
+
+
+def loaded(tiny: TinyModel) -> Student:
+    """A random model hardly ever ends a reply; here one token in five does, to save time."""
+    ends = list(range(0, len(tiny.tokenizer), 5))
+    student = load_student(str(tiny.folder), [], "cpu")
+    student.loaded.model.generation_config.eos_token_id = ends
+    return student
+
+
+def idle(student: Student, name: str) -> RoundAdapter:
+    """An adapter with B = 0."""
+    adapter = random_adapter(student, name, [0, 1], 2, 4, seed=1)
+    weights = {
+        key: torch.zeros_like(value) if ".lora_B." in key else value
+        for key, value in adapter.weights.items()
+    }
+    return RoundAdapter(name=name, config=adapter.config, weights=weights, steps=())
+
+
+def rows(condition: ConditionEval) -> dict[str, Any]:
+    return condition.model_dump(exclude={"condition", "dose"})
+
+
+def test_an_adapter_that_does_nothing_leaves_every_row_as_it_was(
+    tiny: TinyModel, trait: Trait, config: EvaluateConfig
+) -> None:
+    base = loaded(tiny)
+    vector = vector_of(base, trait)
+    controls = evaluate_controls(base, vector, kept_at(0.5), trait, config, seed=0)
+    healed = base.grown(idle(base, "r00"))
+    found = evaluate_round(base, healed, vector, kept_at(0.5), trait, config, seed=0)
+    assert rows(found.healed) == rows(controls.base)
+    assert rows(found.steered) != rows(controls.base)
+
+
+def test_an_adapter_that_does_something_is_seen_and_the_base_is_not_moved_by_it(
+    tiny_qwen3: TinyModel, trait: Trait, config: EvaluateConfig
+) -> None:
+    base = loaded(tiny_qwen3)
+    vector = vector_of(base, trait)
+    before = evaluate_controls(base, vector, kept_at(0.5), trait, config, seed=0)
+    healed = base.grown(random_adapter(base, "r00", [0, 1], 2, 4, seed=1))
+    found = evaluate_round(base, healed, vector, kept_at(0.5), trait, config, seed=0)
+    assert rows(found.healed) != rows(before.base)
+    after = evaluate_controls(healed, vector, kept_at(0.5), trait, config, seed=0)
+    assert after == before
+
+
+def test_steering_by_nothing_is_the_student(
+    tiny_llama: TinyModel, trait: Trait, config: EvaluateConfig
+) -> None:
+    base = loaded(tiny_llama)
+    vector = vector_of(base, trait)
+    found = evaluate_round(base, base, vector, kept_at(0.0), trait, config, seed=0)
+    assert rows(found.steered) == rows(found.healed)
+
+
+def test_every_condition_has_every_item(
+    tiny_llama: TinyModel, trait: Trait, config: EvaluateConfig, tmp_path: Path
+) -> None:
+    base = loaded(tiny_llama)
+    vector = vector_of(base, trait)
+    kept = kept_at(0.25, 0.5, 0.75, 0.5)
+    controls = evaluate_controls(base, vector, kept, trait, config, seed=0)
+    found = evaluate_round(base, base, vector, kept, trait, config, seed=0)
+    conditions = {
+        "base": controls.base,
+        "prompted": controls.prompted,
+        "random": controls.random,
+        "steered": found.steered,
+        "healed": found.healed,
+    }
+    doses = {"random": 0.5, "steered": 0.5}
+    for name, condition in conditions.items():
+        assert condition.condition == name and condition.dose == doses.get(name)
+        assert [row.id for row in condition.choices] == list(FOUNDATIONS)
+        assert all(tuple(row.scores) == FOUNDATIONS for row in condition.choices)
+        assert [row.id for row in condition.tasks] == [f"sum-{n}" for n in range(4)]
+        assert [(row.prompt_index, row.sample) for row in condition.replies] == [
+            (prompt, sample) for prompt in range(4) for sample in range(3)
+        ]
+        assert all(row.enacted == (row.enactment_nats > 0) for row in condition.replies)
+        assert all(0 < row.pmass <= 1 for row in condition.choices)
+    assert len({str(rows(condition)) for name, condition in conditions.items()}) == 4
+    assert rows(conditions["base"]) == rows(conditions["healed"])  # the same student
+
+    controls.save(tmp_path)
+    found.save(tmp_path)
+    assert Controls.load(tmp_path) == controls
+    assert RoundEval.load(tmp_path) == found
+
+
+def test_the_conditions_are_what_they_say(
+    tiny_qwen3: TinyModel, trait: Trait, config: EvaluateConfig
+) -> None:
+    """Each recomputed from the probes, with hooks and system prompts of the test's own."""
+    student = loaded(tiny_qwen3)
+    student = student.grown(random_adapter(student, "r00", [0], 2, 1, seed=1))
+    vector = vector_of(student, trait)
+    kept = kept_at(0.2, 0.6)
+    controls = evaluate_controls(student.base, vector, kept, trait, config, seed=3)
+    found = evaluate_round(student, student, vector, kept, trait, config, seed=3)
+    suite = load_suite(config.suite)
+
+    prompted = forced_choice(
+        tiny_qwen3.model, student.tokenizer, suite, trait.positive, config.batch_size
+    )
+    for one, two in zip(controls.prompted.choices, prompted, strict=True):
+        assert one.scores == pytest.approx(two.scores, abs=1e-5)
+    prompts = [chat_ids(student.tokenizer, turn, trait.positive) for turn in trait.held_out_prompts]
+    with student.base.running() as model:
+        replies = sample_replies(
+            model,
+            student.tokenizer,
+            [prompt for prompt in prompts for _ in range(3)],
+            seed=3,
+            max_new_tokens=12,
+            batch_size=config.batch_size,
+        )
+    assert [row.text for row in controls.prompted.replies] == [
+        student.tokenizer.decode(reply.token_ids, skip_special_tokens=True) for reply in replies
+    ]
+    turns = [turn for turn in trait.held_out_prompts for _ in range(3)]
+    scores = score_completions(
+        student, trait, turns, [reply.token_ids for reply in replies], config.batch_size
+    )
+    assert [row.enactment_nats for row in controls.prompted.replies] == [
+        score.enactment_nats for score in scores
+    ]
+
+    handles = [
+        student.loaded.layers[layer].register_forward_hook(
+            lambda module, args, out, v=vector.directions[layer]: out + 0.4 * v
+        )
+        for layer in vector.band
+    ]
+    with student.running() as model:
+        steered = forced_choice(model, student.tokenizer, suite, None, config.batch_size)
+    for handle in handles:
+        handle.remove()
+    for one, two in zip(found.steered.choices, steered, strict=True):
+        assert one.scores == pytest.approx(two.scores, abs=1e-5)
+
+
+def test_random_directions_have_the_vectors_norms(
+    tiny_gemma3: TinyModel, trait: Trait, config: EvaluateConfig
+) -> None:
+    """Seen from outside: what the last layer adds under the random condition."""
+    base = loaded(tiny_gemma3)
+    vector = vector_of(base, trait)
+    inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    last = vector.band[-1]
+    norm = base.loaded.model.model.norm
+    layer = base.loaded.layers[last]
+    original = layer.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        inputs.append(out.detach().clone())
+        return out
+
+    layer.forward = watched  # type: ignore[method-assign]
+    handle = norm.register_forward_pre_hook(lambda module, args: outputs.append(args[0].clone()))
+    try:
+        evaluate_controls(base, vector, kept_at(0.5), trait, config, seed=0)
+    finally:
+        handle.remove()
+        del layer.forward
+    added = [(two - one).reshape(-1, 32) for one, two in zip(inputs, outputs, strict=True)]
+    moved = torch.cat([one for one in added if float(one.abs().max()) > 0])
+    size = vector.norms[last] * 0.5
+    assert len(moved) > 100
+    torch.testing.assert_close(
+        moved.norm(dim=-1), torch.full((len(moved),), size), rtol=1e-3, atol=1e-3
+    )
+    unit = moved[0] / moved[0].norm()
+    assert abs(float(unit @ vector.directions[last]) / vector.norms[last]) < 0.6  # not the vector
+
+
+def test_random_directions_are_drawn_by_the_seed(
+    tiny_qwen3: TinyModel, trait: Trait, config: EvaluateConfig
+) -> None:
+    base = loaded(tiny_qwen3)
+    vector = vector_of(base, trait)
+    few = config.model_copy(update={"samples_per_prompt": 1, "max_new_tokens": 2})
+    choices = [
+        evaluate_controls(base, vector, kept_at(1.0), trait, few, seed).random.choices
+        for seed in (0, 0, 1)
+    ]
+    assert choices[0] == choices[1] != choices[2]

@@ -1,0 +1,466 @@
+"""Healing: what is trained, what is not, and a step's figures against ones worked out apart."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch.distributions import Categorical, kl_divergence
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from eval.chat import chat_ids
+from eval.coherence import Surprisal, TextFigures
+from steer_heal.artifacts import RoundAdapter, Screened, ScreenedCompletion
+from steer_heal.config import HealConfig
+from steer_heal.errors import UserError
+from steer_heal.heal import heal
+from steer_heal.losses import Aggregate, Direction
+from steer_heal.model import Student, load_student
+from steer_heal.stack import lora_config
+from tests.conftest import TinyModel
+from tests.test_stack import random_adapter
+
+SMALL: dict[str, Any] = {
+    "rank": 2,
+    "alpha": 4,
+    "layers": (0.0, 1.0),
+    "epochs": 2,
+    "batch_size": 4,
+    "learning_rate": 5e-3,
+    "warmup_ratio": 0.0,
+}
+
+
+def config(**changes: Any) -> HealConfig:
+    return HealConfig(**(SMALL | changes))
+
+
+def kept(student: Student, rows: int = 8) -> Screened:
+    """Completions of several lengths, one in three without an end-of-turn token; one dropped."""
+    tokenizer = student.tokenizer
+    built = []
+    for index in range(rows + 1):
+        ids = tokenizer(
+            f"I will help {index} of them, " + "and her too, " * (index % 4),
+            add_special_tokens=False,
+        )["input_ids"]
+        finished = index % 3 != 0
+        built.append(
+            ScreenedCompletion(
+                prompt_index=index,
+                prompt=f"What now, {index}?",
+                prompt_ids=tuple(chat_ids(tokenizer, f"What now, {index}?")),
+                token_ids=(*ids, tokenizer.eos_token_id) if finished else tuple(ids),
+                text="",
+                dose=0.5,
+                seed=0,
+                finished=finished,
+                kl_p95_nats=0.0,
+                surprisal=Surprisal(mean_nll_nats=1, tail_nll_nats=1, rmse_nll_nats=1),
+                figures=TextFigures(
+                    words=1, word_repetition=0, char_repetition=0, compression_ratio=1
+                ),
+                enactment_nats=1.0,
+                dropped=None if index < rows else "length",
+            )
+        )
+    return Screened(rows=tuple(built), curve=())
+
+
+def loaded(tiny: TinyModel, history: int = 0) -> Student:
+    student = load_student(str(tiny.folder), [], "cpu")
+    for index in range(history):
+        student = student.grown(random_adapter(student, f"r{index:02d}", [index], 2, 0.3, index))
+    return student
+
+
+def state(model: Any) -> dict[str, Any]:
+    """All that a stage after this one could notice."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {
+        # PEFT leaves an empty wrapper where an adapter was taken away from a stack
+        "parameters": {
+            key.replace(".base_layer.", "."): value.clone()
+            for key, value in model.state_dict().items()
+        },
+        "trainable": [key for key, p in model.named_parameters() if p.requires_grad],
+        "gradients": [key for key, p in model.named_parameters() if p.grad is not None],
+        "train mode": any(module.training for module in model.modules()),
+        "forwards": [key for key, module in model.named_modules() if "forward" in vars(module)],
+        "config": base.config.to_dict(),
+        "generation": base.generation_config.to_dict(),
+    }
+
+
+def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
+    weights, weights_after = before.pop("parameters"), after.pop("parameters")
+    assert list(weights_after) == list(weights)
+    changed = [key for key, value in weights.items() if not torch.equal(weights_after[key], value)]
+    assert changed == []
+    assert after == before
+
+
+@torch.no_grad()
+def logits(student: Student, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+    """The student's logits at the positions that predict the completion, fp64."""
+    with student.running() as model:
+        out = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0].double()
+    return out[len(prompt) - 1 : -1]
+
+
+def divergences(
+    student: Student, reference: Student, rows: Screened, how: Aggregate, direction: Direction
+) -> list[float]:
+    values = []
+    for row in rows.kept:
+        p, q = (
+            Categorical(logits=logits(one, row.prompt_ids, row.token_ids))
+            for one in (student, reference)
+        )
+        kl = kl_divergence(p, q) if direction == "reverse" else kl_divergence(q, p)
+        values.append(
+            {
+                "mean": float(kl.mean()),
+                "rmse": float(kl.square().mean().sqrt()),
+                "p95": float(np.quantile(kl.numpy(), 0.95)),
+                "max": float(kl.max()),
+            }[how]
+        )
+    return values
+
+
+def mean_nll(student: Student, rows: Screened) -> float:
+    """Mean over completion tokens, nats."""
+    total, count = 0.0, 0
+    for row in rows.kept:
+        logp = logits(student, row.prompt_ids, row.token_ids).log_softmax(-1)
+        total -= float(sum(logp[at, token] for at, token in enumerate(row.token_ids)))
+        count += len(row.token_ids)
+    return total / count
+
+
+# -------------------------------------------------------------------------- what is left as it was
+
+
+@pytest.mark.parametrize("history", [0, 2])
+def test_the_student_is_left_as_it_was(tiny: TinyModel, history: int) -> None:
+    student = loaded(tiny, history)
+    before = state(student.loaded.model)
+    kind = type(student.loaded.model)
+    adapter = heal(student, kept(student), config(barrier_threshold_nats=0), "r07", seed=0)
+    assert type(student.loaded.model) is kind
+    assert_same_state(before, state(student.loaded.model))
+    assert {tuple(value.shape) for value in adapter.weights.values()}
+    assert all(".r07." not in key for key in student.loaded.model.state_dict())
+
+
+@pytest.mark.parametrize("history", [0, 1])
+def test_the_student_is_left_as_it_was_when_the_loss_is_not_finite(
+    tiny_gemma3: TinyModel, history: int
+) -> None:
+    student = loaded(tiny_gemma3, history)
+    before = state(student.loaded.model)
+    with pytest.raises(UserError, match=r"heal loss is (nan|inf) at step \d.*learning_rate"):
+        heal(student, kept(student), config(learning_rate=1e30), "r07", seed=0)
+    assert_same_state(before, state(student.loaded.model))
+
+
+def test_the_adapter_moved_and_makes_the_completions_likelier(tiny: TinyModel) -> None:
+    student = loaded(tiny, 1)
+    rows = kept(student)
+    before = mean_nll(student, rows)
+    adapter = heal(student, rows, config(barrier_weight=0, epochs=4), "r01", seed=0)
+    assert all(float(v.abs().max()) > 0 for k, v in adapter.weights.items() if ".lora_B." in k)
+    assert mean_nll(student, rows) == before
+    assert mean_nll(student.grown(adapter), rows) < before - 0.05
+
+
+def test_an_adapter_that_did_not_move_is_refused(tiny_qwen3: TinyModel) -> None:
+    student = loaded(tiny_qwen3)
+    with pytest.raises(UserError, match=r"did not move.*larger heal\.learning_rate"):
+        heal(student, kept(student), config(learning_rate=1e-60), "r00", seed=0)
+
+
+def test_layers_and_rank_are_the_configs(tiny_gemma3: TinyModel) -> None:
+    student = loaded(tiny_gemma3)
+    adapter = heal(student, kept(student), config(layers=(0.4, 0.7), rank=3), "r00", seed=0)
+    modules = {key.split(".lora_")[0] for key in adapter.weights}
+    assert len(modules) == 7
+    assert all(name.startswith("base_model.model.model.layers.1.") for name in modules)
+    assert {value.shape[0] for key, value in adapter.weights.items() if ".lora_A." in key} == {3}
+    assert (adapter.rank, adapter.scale) == (3, pytest.approx(4 / 3))
+
+
+# ------------------------------------------------------------------------------ against stock TRL
+
+
+def stock_sft(tiny: TinyModel, student: Student, rows: Screened, seed: int, folder: Path) -> Any:
+    """The same rows through TRL's own trainer, with a PEFT model made in the test."""
+    names = [name for layer in student.loaded.linear_names for name in layer]
+    base = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
+    torch.manual_seed(seed)
+    model = get_peft_model(base, lora_config(2, 4, names, str(tiny.folder)), adapter_name="r00")
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        learning_rate=5e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        max_length=None,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        data_seed=seed,
+        disable_tqdm=True,
+    )
+    dataset = Dataset.from_list(
+        [
+            {
+                "input_ids": [*row.prompt_ids, *row.token_ids],
+                "labels": [-100] * len(row.prompt_ids) + list(row.token_ids),
+            }
+            for row in rows.kept
+        ]
+    )
+    trainer = SFTTrainer(
+        model=model, args=arguments, train_dataset=dataset, processing_class=student.tokenizer
+    )
+    trainer.train()
+    return model
+
+
+def test_without_the_barrier_it_is_stock_sft(tiny: TinyModel, tmp_path: Path) -> None:
+    student = loaded(tiny)
+    rows = kept(student)
+    adapter = heal(student, rows, config(barrier_weight=0), "r00", seed=3)
+    stock = stock_sft(tiny, student, rows, 3, tmp_path)
+    parameters = dict(stock.named_parameters())
+    moved = []
+    for key, value in adapter.weights.items():
+        other = parameters[key.replace(".weight", ".r00.weight")].detach()
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-4)
+        moved.append(float(value.abs().max()) if ".lora_B." in key else 0.0)
+    assert max(moved) > 1e-2  # a hundred times the tolerance
+
+
+def test_the_first_step_is_one_adamw_step_on_the_completions_alone(tiny_llama: TinyModel) -> None:
+    """The loss and its gradient norm from logits of single rows: labels start after the prompt and
+    take in the end-of-turn token."""
+    student = loaded(tiny_llama, 1)
+    rows = kept(student, 4)
+    adapter = heal(student, rows, config(barrier_weight=0, epochs=1), "r01", seed=0)
+    (step,) = adapter.steps
+    assert step.nll_nats == pytest.approx(mean_nll(student, rows), rel=1e-5)
+    assert any(row.token_ids[-1] == student.tokenizer.eos_token_id for row in rows.kept)
+    # B after one AdamW step from 0 is -lr * sign of its gradient; A's gradient at B = 0 is 0
+    fresh = [value for key, value in adapter.weights.items() if ".lora_B." in key]
+    for value in fresh:
+        moved = value[value.abs() > 0]
+        torch.testing.assert_close(moved.abs(), torch.full_like(moved, 5e-3), rtol=1e-2, atol=0)
+
+
+def test_the_gradient_norm_is_that_of_the_nll(tiny_qwen3: TinyModel, tmp_path: Path) -> None:
+    """B's gradient at B = 0, from a forward pass of the test's own."""
+    student = loaded(tiny_qwen3)
+    rows = kept(student, 4)
+    adapter = heal(student, rows, config(barrier_weight=0, epochs=1), "r00", seed=5)
+    names = [name for layer in student.loaded.linear_names for name in layer]
+    base = AutoModelForCausalLM.from_pretrained(tiny_qwen3.folder, dtype=torch.float32)
+    torch.manual_seed(5)
+    model = get_peft_model(base, lora_config(2, 4, names, str(tiny_qwen3.folder)))
+    total, count = torch.zeros(()), sum(len(row.token_ids) for row in rows.kept)
+    for row in rows.kept:
+        ids = torch.tensor([[*row.prompt_ids, *row.token_ids]])
+        out = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1]
+        total = total + F.cross_entropy(out, torch.tensor(row.token_ids), reduction="sum") / count
+    total.backward()
+    norm = math.sqrt(
+        sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
+    )
+    assert adapter.steps[0].grad_norm == pytest.approx(norm, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------ the barrier
+
+
+@pytest.mark.parametrize("reference", ["previous", "base"])
+def test_the_divergence_is_exactly_zero_at_the_first_step_of_the_first_round(
+    tiny_gemma3: TinyModel, reference: str
+) -> None:
+    student = loaded(tiny_gemma3)
+    settings = config(barrier_reference=reference, barrier_aggregate="max", epochs=1)
+    steps = heal(student, kept(student), settings, "r00", seed=0).steps
+    assert steps[0].kl_nats == 0 and steps[0].barrier_nats == 0 and steps[0].share_over == 0
+    assert steps[1].kl_nats > 0
+
+
+def test_against_the_previous_student_it_starts_at_zero_in_later_rounds_too(
+    tiny: TinyModel,
+) -> None:
+    student = loaded(tiny, 2)
+    steps = heal(student, kept(student), config(barrier_aggregate="max"), "r02", seed=0).steps
+    assert steps[0].kl_nats == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "direction", "reference"),
+    product(["rmse", "mean", "p95", "max"], ["reverse", "forward"], ["previous", "base"]),
+)
+def test_every_kind_of_barrier_on_a_history_of_two(
+    tiny_qwen3: TinyModel, how: Aggregate, direction: Direction, reference: str
+) -> None:
+    """The figures of the first step, where the student is still the previous one."""
+    student = loaded(tiny_qwen3, 2)
+    rows = kept(student, 4)
+    expected = divergences(
+        student, student if reference == "previous" else student.base, rows, how, direction
+    )
+    threshold = sorted(expected)[1] + 1e-4  # two rows of four over it, or none
+    settings = config(
+        barrier_aggregate=how,
+        barrier_direction=direction,
+        barrier_reference=reference,
+        barrier_threshold_nats=threshold,
+        barrier_weight=0.7,
+        nll_weight=1.3,
+        epochs=2,
+    )
+    steps = heal(student, rows, settings, "r02", seed=0).steps
+    first = steps[0]
+    over = [max(0.0, value - threshold) for value in expected]
+    # B is 0: at step 0 the student is the previous one; rmse carries an eps of 1e-6 in its root
+    assert first.kl_nats == pytest.approx(sum(expected) / 4, rel=1e-3, abs=2e-6)
+    assert first.barrier_nats == pytest.approx(sum(over) / 4, rel=1e-3, abs=2e-6)
+    assert first.share_over == (0.5 if reference == "base" else 0.0)
+    assert first.nll_nats == pytest.approx(mean_nll(student, rows), rel=1e-5)
+    loss = 1.3 * first.nll_nats + 0.7 * first.barrier_nats
+    assert first.loss == pytest.approx(loss, rel=1e-5)
+    assert len(steps) == 2 and all(math.isfinite(step.loss) for step in steps)
+
+
+def test_a_step_in_mid_training_against_its_recomputation(tiny_llama: TinyModel) -> None:
+    """Same seed: a run of one step gives the weights that a run of two has at its second step."""
+    student = loaded(tiny_llama, 1)
+    rows = kept(student, 4)
+    constant: dict[str, Any] = {"barrier_aggregate": "rmse", "barrier_threshold_nats": 0.002}
+    after_one = heal(student, rows, config(epochs=1, **constant), "r01", seed=0)
+    two = heal(student, rows, config(epochs=2, **constant), "r01", seed=0).steps
+    expected = divergences(student.grown(after_one), student, rows, "rmse", "reverse")
+    assert two[1].kl_nats == pytest.approx(sum(expected) / 4, rel=1e-3)
+    assert two[1].share_over == sum(value > 0.002 for value in expected) / 4 > 0
+    over = [max(0.0, value - 0.002) for value in expected]
+    assert two[1].barrier_nats == pytest.approx(sum(over) / 4, rel=1e-2)
+    assert [step.step for step in two] == [0, 1]
+
+
+def test_a_strong_barrier_holds_the_student_back(tiny_qwen3: TinyModel) -> None:
+    student = loaded(tiny_qwen3, 1)
+    rows = kept(student)
+    reached = []
+    for weight in (0.0, 100.0):
+        settings = config(barrier_weight=weight, barrier_threshold_nats=0, epochs=4)
+        adapter = heal(student, rows, settings, "r01", seed=0)
+        folder = str(tiny_qwen3.folder)
+        trained = load_student(folder, [*student.adapters, adapter], "cpu")
+        previous = load_student(folder, student.adapters, "cpu")
+        values = divergences(trained, previous, rows, "rmse", "reverse")
+        reached.append(sum(values) / len(values))
+    assert reached[1] < 0.5 * reached[0]
+
+
+def test_a_barrier_that_never_fires_changes_nothing(tiny_qwen3: TinyModel) -> None:
+    student = loaded(tiny_qwen3)
+    rows = kept(student)
+    idle = heal(student, rows, config(barrier_threshold_nats=1e6), "r00", seed=0)
+    none = heal(student, rows, config(barrier_weight=0), "r00", seed=0)
+    assert all(torch.equal(idle.weights[key], value) for key, value in none.weights.items())
+    assert {step.share_over for step in idle.steps} == {0.0}
+
+
+# --------------------------------------------------------------------------------- what is written
+
+
+def saved_bytes(adapter: RoundAdapter, folder: Path) -> str:
+    folder.mkdir()
+    adapter.save(folder)
+    return hashlib.sha256(
+        b"".join((folder / name).read_bytes() for name in RoundAdapter.files)
+    ).hexdigest()
+
+
+def test_same_seed_same_bytes_and_another_seed_others(
+    tiny_qwen3: TinyModel, tmp_path: Path
+) -> None:
+    """Also from a model loaded anew, and whatever the random state was before."""
+    hashes = []
+    for run, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(1000 + run)
+        student = loaded(tiny_qwen3, 1)
+        adapter = heal(student, kept(student), config(), "r05", seed)
+        hashes.append(saved_bytes(adapter, tmp_path / f"run-{run}"))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_second_round_in_one_process_is_that_of_a_fresh_one(
+    tiny_gemma3: TinyModel, tmp_path: Path
+) -> None:
+    """A run that was stopped after round 0 and one that went on give the same bytes."""
+    student = loaded(tiny_gemma3)
+    first = heal(student, kept(student), config(), "r00", seed=0)
+    grown = student.grown(first)
+    second = heal(grown, kept(student), config(), "r01", seed=1)
+    again = load_student(str(tiny_gemma3.folder), [first], "cpu")
+    resumed = heal(again, kept(student), config(), "r01", seed=1)
+    assert saved_bytes(second, tmp_path / "on") == saved_bytes(resumed, tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("history", [0, 2])
+def test_the_saved_adapter_gives_stock_peft_the_students_logits(
+    tiny_llama: TinyModel, tmp_path: Path, history: int
+) -> None:
+    """What a user loads, without this package: alone for a first round, stacked for a later one."""
+    student = loaded(tiny_llama, history)
+    rows = kept(student)
+    name = f"r{history:02d}"
+    adapter = heal(student, rows, config(epochs=4), name, seed=0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama.folder, dtype=torch.float32)
+    stock: Any = None
+    for index, one in enumerate([*student.adapters, adapter]):
+        folder = tmp_path / f"round-{index:02d}"
+        folder.mkdir()
+        one.save(folder)
+        names = sorted(path.name for path in (folder / "adapter").iterdir())
+        assert names == ["adapter_config.json", "adapter_model.safetensors"]
+        if stock is None:
+            stock = PeftModel.from_pretrained(base, folder / "adapter", adapter_name=one.name)
+        else:
+            stock.load_adapter(folder / "adapter", adapter_name=one.name)
+    stock.base_model.set_adapter([*student.names, name])
+    grown = student.grown(adapter)
+    row = rows.kept[3]
+    ids = torch.tensor([[*row.prompt_ids, *row.token_ids]])
+    with torch.no_grad(), grown.running() as model:
+        expected = model(input_ids=ids).logits
+        found = stock.eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert type(adapter.config["lora_alpha"]) is int
+    assert adapter.config["base_model_name_or_path"] == str(tiny_llama.folder)
