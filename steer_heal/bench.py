@@ -1,0 +1,107 @@
+"""Measures the main job: three rounds on each of three seeds, each in a process of its own.
+
+Every row of the table is read from the run's own files; wall time and peak memory are of the
+process that made it.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from eval.statistics import mean_interval
+from steer_heal.artifacts import ReplyRow
+from steer_heal.config import resolve_config
+from steer_heal.errors import UserError
+from steer_heal.loop import run_path
+from steer_heal.saved import SavedRun, condition_figures, prompt_means, read_saved_run
+
+
+class BenchRow(BaseModel):
+    """One seed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int
+    wall_s: float
+    peak_memory_gib: float
+    enacted_base: float  # shares of held-out replies, 0 to 1
+    enacted_prompted: float
+    enacted_steered: float
+    enacted_healed: float
+    healed_minus_prompted: str  # paired difference with its 95 % interval
+    authority_shift_prompted: float  # nats, from base
+    authority_shift_healed: float
+    pmass_of_base: float
+    tail_nats_base: float  # median over replies, nats a token
+    tail_nats_healed: float
+    tasks_base: float  # shares of mundane tasks solved, 0 to 1
+    tasks_healed: float
+
+
+def bench(folder: Path, seeds: Sequence[int], settings: Sequence[str]) -> str:
+    """Runs the main job for every seed from nothing in `folder`; returns the table."""
+    rows = [_measure(folder, seed, list(settings)) for seed in seeds]
+    return _table(rows)
+
+
+def _measure(folder: Path, seed: int, settings: list[str]) -> BenchRow:
+    arguments = ["N=3", *settings, f"seed={seed}", f"folder={folder}"]
+    config = resolve_config(arguments)
+    path = run_path(config)
+    if path.exists():
+        raise UserError(f"{path} is there already: a benchmark starts from nothing")
+    program = "from steer_heal.cli import main; main()"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program, "round", *arguments])
+    wall_s = time.monotonic() - start
+    if done.returncode != 0:
+        raise UserError(f"seed {seed}: the run ended with exit code {done.returncode}")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
+    return _row(seed, wall_s, peak, read_saved_run(path))
+
+
+def _row(seed: int, wall_s: float, peak_gib: float, run: SavedRun) -> BenchRow:
+    rows = {"base": run.controls.base, "prompted": run.controls.prompted}
+    rows |= {"steered": run.rounds[-1].evaluation.steered}
+    rows |= {"healed": run.rounds[-1].evaluation.healed}
+    of = {
+        name: condition_figures(name, each, rows["base"], run.trait) for name, each in rows.items()
+    }
+    means = [prompt_means(rows[name].replies, _enacted) for name in ("healed", "prompted")]
+    gain = mean_interval([after - before for after, before in zip(*means, strict=True)])
+    return BenchRow(
+        seed=seed,
+        wall_s=wall_s,
+        peak_memory_gib=peak_gib,
+        **{f"enacted_{name}": figures.enacted.estimate for name, figures in of.items()},
+        healed_minus_prompted=f"{gain.estimate:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]",
+        authority_shift_prompted=of["prompted"].shifts["authority"].estimate,
+        authority_shift_healed=of["healed"].shifts["authority"].estimate,
+        pmass_of_base=of["healed"].pmass_share,
+        tail_nats_base=of["base"].tail_median_nats,
+        tail_nats_healed=of["healed"].tail_median_nats,
+        tasks_base=of["base"].mundane,
+        tasks_healed=of["healed"].mundane,
+    )
+
+
+def _enacted(reply: ReplyRow) -> float:
+    return float(reply.enacted)
+
+
+def _table(rows: Sequence[BenchRow]) -> str:
+    """Markdown, a column a seed."""
+    lines = ["| | " + " | ".join(f"seed {row.seed}" for row in rows) + " |"]
+    lines.append("| --- |" + " --- |" * len(rows))
+    for name in [name for name in BenchRow.model_fields if name != "seed"]:
+        values = [getattr(row, name) for row in rows]
+        cells = [f"{value:.3f}" if isinstance(value, float) else value for value in values]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

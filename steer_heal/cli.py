@@ -1,0 +1,148 @@
+"""The command line: settings are KEY=VALUE, errors are one message and exit code 2.
+
+Heavy imports are inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steer_heal.errors import UserError, explain_disk
+
+app = typer.Typer(
+    help="Steer, filter, heal, stack: from two opposite personas to an ordinary LoRA adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE...", help="for example N=3 model=PATH heal.rank=8"),
+]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders in rounds/")]
+
+
+@app.command()
+def round(settings: Settings = None) -> None:
+    """Runs steer-heal rounds and draws the report; the same command again goes on."""
+    with _for_people("the same command goes on from there"):
+        from steer_heal.config import resolve_config
+
+        config = resolve_config(settings or [])
+        _quiet_libraries()
+        from steer_heal.loop import run_path, run_rounds
+        from steer_heal.report import write_report
+
+        path = run_path(config)
+        with _logging_to(path):
+            run_rounds(config, path)
+            write_report(path)
+
+
+@app.command()
+def report(runs: Runs) -> None:
+    """Draws the report of a run again, from its files alone."""
+    with _for_people("nothing was changed"):
+        from steer_heal.report import write_report
+
+        for path in runs:
+            write_report(_run_folder(path))
+
+
+@app.command()
+def compare(runs: Runs) -> None:
+    """Prints the paired differences between runs, with their intervals."""
+    with _for_people("nothing was changed"):
+        from steer_heal.compare import compare_runs
+
+        typer.echo(compare_runs([_run_folder(path) for path in runs]))
+
+
+@app.command()
+def bench(settings: Settings = None, seeds: int = 3) -> None:
+    """Three rounds on each of several seeds, from nothing; prints the table of what was reached."""
+    with _for_people("nothing was kept"):
+        import tempfile
+
+        from steer_heal.bench import bench as run_bench
+
+        folder = Path("rounds")
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder) as scratch:
+            typer.echo(run_bench(Path(scratch), range(seeds), settings or []))
+
+
+@app.command()
+def settings() -> None:
+    """Lists every setting with its meaning and default."""
+    from steer_heal.config import describe_settings
+
+    typer.echo(describe_settings())
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@contextmanager
+def _for_people(if_stopped: str) -> Iterator[None]:
+    """Turns what a person can put right into one message and exit code 2."""
+    try:
+        from eval.errors import EvalError
+
+        try:
+            yield
+        except (UserError, EvalError) as error:
+            _fail(f"error: {error}")
+    except OSError as error:
+        _fail(f"error: {error.filename or 'a file'}: {explain_disk(error)}")
+    except KeyboardInterrupt:
+        _fail(f"\nstopped; {if_stopped}")
+
+
+def _fail(message: str) -> None:
+    typer.echo(message, err=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Log lines to the terminal, above the progress bars, and to log.txt in the run."""
+    from loguru import logger
+    from tqdm import tqdm
+
+    logger.remove()
+    line = "{time:HH:mm:ss} {level: <7} {message}"
+    logger.add(lambda text: tqdm.write(text, file=sys.stderr, end=""), format=line, colorize=False)
+    try:
+        yield
+    finally:
+        logger.remove()
+
+
+def _quiet_libraries() -> None:
+    """Libraries print what only their developers want to know."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _run_folder(path: Path) -> Path:
+    folder = path if path.exists() else Path("rounds") / path
+    if not folder.is_dir():
+        raise UserError(f"no run {path}: there is no such folder, here or in rounds/")
+    return folder

@@ -1,0 +1,301 @@
+"""The plot: drift of the foundations over rounds, enactment beside it, coherence below."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from eval.statistics import Interval
+
+Layout = Literal["wide", "narrow"]
+Theme = Literal["light", "dark"]
+LAYOUTS: tuple[Layout, ...] = ("wide", "narrow")
+THEMES: tuple[Theme, ...] = ("light", "dark")
+
+DPI = 150
+SIZES_INCHES: dict[Layout, tuple[float, float]] = {"wide": (10.0, 7.0), "narrow": (4.3, 14.1)}
+# Left, bottom, width, height of the panels, inches; room for names is left at their right.
+_PLACES: dict[Layout, dict[str, tuple[float, float, float, float]]] = {
+    "wide": {
+        "drift": (0.75, 3.25, 3.75, 3.2),
+        "enacted": (6.6, 3.25, 2.1, 3.2),
+        "pmass": (0.75, 0.6, 1.95, 1.6),
+        "tail": (3.95, 0.6, 1.95, 1.6),
+        "mundane": (7.25, 0.6, 1.95, 1.6),
+    },
+    "narrow": {
+        "drift": (0.75, 10.6, 2.15, 3.0),
+        "enacted": (0.75, 7.55, 2.15, 2.0),
+        "pmass": (0.75, 5.15, 2.15, 1.35),
+        "tail": (0.75, 2.8, 2.15, 1.35),
+        "mundane": (0.75, 0.45, 2.15, 1.35),
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundationDrift:
+    """Shift of one foundation from base, nats; a value a round, base (round 0) first."""
+
+    name: str
+    is_intended: bool
+    shifts: tuple[Interval, ...]
+    prompted: float
+    random: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """What the plot shows; a value a round, base (round 0) first."""
+
+    foundations: tuple[FoundationDrift, ...]
+    enacted: tuple[Interval, ...]  # share of replies, 0 to 1
+    enacted_prompted: float
+    enacted_random: float
+    pmass_shares: tuple[float, ...]  # of base's
+    pmass_gate: float
+    tail_medians_nats: tuple[float, ...]
+    tail_p90s_nats: tuple[float, ...]
+    base_tail_nats: tuple[float, float]  # 5th and 95th percentile of base's own completions
+    mundane: tuple[float, ...]  # share right, 0 to 1
+    best_round: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Palette:
+    """Okabe and Ito's colours, told apart by the colour-blind; brighter on dark."""
+
+    paper: str
+    ink: str
+    muted: str
+    band: str
+    accents: tuple[str, ...]
+
+
+_Label = tuple[float, str, str, bool]  # height, text, colour, bold
+
+_PALETTES: dict[Theme, _Palette] = {
+    "light": _Palette(
+        paper="#ffffff",
+        ink="#1d2329",
+        muted="#727b85",
+        band="#e9ecef",
+        accents=("#c44e00", "#0067a5", "#007a5a", "#a8507f", "#8a6d00"),
+    ),
+    "dark": _Palette(
+        paper="#171b20",
+        ink="#e4e7ea",
+        muted="#949ca5",
+        band="#2a3037",
+        accents=("#ff9248", "#62b6ef", "#3ecf9f", "#e59bc4", "#e6c229"),
+    ),
+}
+
+
+def draw_drift(drift: Drift, layout: Layout, theme: Theme) -> bytes:
+    """Draws the plot as a PNG; the same bytes for the same numbers."""
+    palette = _PALETTES[theme]
+    style: Any = {  # matplotlib types its keys one by one, in some versions
+        "font.family": "DejaVu Sans",
+        "font.size": 9.5,
+        "axes.titlesize": 10.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": palette.paper,
+        "figure.facecolor": palette.paper,
+        "axes.edgecolor": palette.muted,
+        "text.color": palette.ink,
+        "axes.titlecolor": palette.ink,
+        "axes.labelcolor": palette.ink,
+        "xtick.color": palette.ink,
+        "ytick.color": palette.ink,
+    }
+    with mpl.rc_context(style):
+        width, height = SIZES_INCHES[layout]
+        figure = Figure(figsize=(width, height), dpi=DPI)
+        FigureCanvasAgg(figure)
+        for name, (left, bottom, wide, high) in _PLACES[layout].items():
+            place = (left / width, bottom / height, wide / width, high / height)
+            panel = figure.add_axes(place)
+            labels = _PANELS[name](panel, drift, palette)
+            _number_rounds(panel, len(drift.enacted), drift.best_round, palette)
+            _label_right(panel, labels, high)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw_foundations(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
+    note = "shaded: 95 % intervals"
+    if any(foundation.is_intended for foundation in drift.foundations):
+        note += " · ×: random direction, same dose"
+    _title(axes, "What the model finds at stake", note, palette)
+    axes.set_ylabel("shift of log probability from base, nats")
+    rounds = range(len(drift.enacted))
+    axes.axhline(0, color=palette.ink, linewidth=1)
+    accents = iter(palette.accents * 2)
+    labels = []
+    for foundation in sorted(drift.foundations, key=lambda foundation: foundation.is_intended):
+        estimates = [shift.estimate for shift in foundation.shifts]
+        lows = [shift.low for shift in foundation.shifts]
+        highs = [shift.high for shift in foundation.shifts]
+        color = next(accents) if foundation.is_intended else palette.muted
+        strong = foundation.is_intended
+        axes.fill_between(rounds, lows, highs, color=color, alpha=0.2 if strong else 0.08, lw=0)
+        axes.plot(rounds, estimates, color=color, lw=2.4 if strong else 1.1, marker="o", ms=4)
+        labels.append((estimates[-1], foundation.name.replace("_", " "), color, strong))
+        if strong:
+            name = foundation.name.replace("_", " ")
+            axes.axhline(foundation.prompted, color=color, lw=1.3, ls=(0, (5, 3)))
+            labels.append((foundation.prompted, f"{name}, prompted", color, False))
+            axes.plot(1, foundation.random, color=color, marker="x", ms=8, mew=2, ls="none")
+    return labels
+
+
+def _draw_enacted(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
+    _title(axes, "Replies that act the trait out", "shaded: 95 % intervals", palette)
+    axes.set_ylabel("share of held-out replies")
+    rounds = range(len(drift.enacted))
+    color = palette.accents[2]
+    axes.fill_between(
+        rounds,
+        [share.low for share in drift.enacted],
+        [share.high for share in drift.enacted],
+        color=color,
+        alpha=0.2,
+        lw=0,
+    )
+    axes.plot(rounds, [share.estimate for share in drift.enacted], color=color, lw=2.4, marker="o")
+    base = drift.enacted[0].estimate
+    axes.axhline(base, color=palette.ink, lw=1)
+    axes.axhline(drift.enacted_prompted, color=color, lw=1.3, ls=(0, (5, 3)))
+    axes.axhline(drift.enacted_random, color=palette.muted, lw=1.3, ls=(0, (1, 2)))
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    return [
+        (drift.enacted[-1].estimate, "healed", color, True),
+        (drift.enacted_prompted, "persona prompt", color, False),
+        (base, "base", palette.ink, False),
+        (drift.enacted_random, "random direction", palette.muted, False),
+    ]
+
+
+def _draw_pmass(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
+    _title(axes, "Answers in the asked format", "pmass; below the gate: incoherent", palette)
+    axes.set_ylabel("share of base's")
+    axes.axhline(drift.pmass_gate, color=palette.accents[0], lw=1.3, ls=(0, (5, 3)))
+    axes.plot(range(len(drift.pmass_shares)), drift.pmass_shares, color=palette.ink, marker="o")
+    lowest, highest = min(drift.pmass_shares), max(drift.pmass_shares)
+    axes.set_ylim(min(0.978, lowest - 0.1 * (1 - lowest)), max(1.004, highest * 1.002))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    return [
+        (drift.pmass_gate, "gate", palette.accents[0], False),
+        (drift.pmass_shares[-1], "healed", palette.ink, False),
+    ]
+
+
+def _draw_tail(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
+    note = "under base · grey: base's own, 5 to 95 %"
+    _title(axes, "Surprisal of the replies' ends", note, palette)
+    axes.set_ylabel("nats a token")
+    rounds = range(len(drift.tail_medians_nats))
+    low, high = drift.base_tail_nats
+    axes.axhspan(low, high, color=palette.band, lw=0)
+    axes.plot(rounds, drift.tail_medians_nats, color=palette.ink, marker="o")
+    axes.plot(rounds, drift.tail_p90s_nats, color=palette.muted, marker="o", ms=4, lw=1.1)
+    axes.set_ylim(0, max(high, *drift.tail_p90s_nats) * 1.12)
+    return [
+        (drift.tail_p90s_nats[-1], "90 %", palette.muted, False),
+        (drift.tail_medians_nats[-1], "median", palette.ink, False),
+    ]
+
+
+def _draw_mundane(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
+    _title(axes, "Mundane tasks", "must not be touched by the trait", palette)
+    axes.set_ylabel("share right")
+    axes.axhline(drift.mundane[0], color=palette.muted, lw=1.1)
+    axes.plot(range(len(drift.mundane)), drift.mundane, color=palette.ink, marker="o")
+    lowest = min(*drift.mundane, 0.88)
+    axes.set_ylim(lowest - 0.1 * (1 - lowest), 1.01)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    return [
+        (drift.mundane[-1], "healed", palette.ink, False),
+        (drift.mundane[0], "base", palette.muted, False),
+    ]
+
+
+def _title(axes: Axes, title: str, note: str, palette: _Palette) -> None:
+    """A heading and, below it, how to read the panel."""
+    axes.set_title(title, pad=18)
+    axes.annotate(
+        note,
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 5),
+        textcoords="offset points",
+        fontsize=8,
+        color=palette.muted,
+    )
+
+
+def _number_rounds(axes: Axes, count: int, best: int | None, palette: _Palette) -> None:
+    """The x axis: base, then the rounds; the best one is marked."""
+    axes.set_xlim(-0.15, count - 0.85)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_formatter(lambda x, _: "base" if x == 0 else f"{x:.0f}")
+    axes.set_xlabel("after round" + (f" (best: {best})" if best is not None else ""))
+    if best is not None:
+        axes.axvline(best, color=palette.band, lw=5, zorder=0)
+
+
+def _label_right(axes: Axes, labels: Sequence[_Label], height_inches: float) -> None:
+    """Names lines at their right ends, pushed apart until none overlaps another."""
+    low, high = axes.get_ylim()
+    gap = 11.5 / 72 / height_inches * (high - low)  # a line of 8.5 points
+    ordered = sorted(labels)
+    places = _spread([value for value, *_ in ordered], gap)
+    for place, (_, text, color, strong) in zip(places, ordered, strict=True):
+        axes.annotate(
+            text,
+            (1, place),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            fontweight="bold" if strong else "normal",
+            color=color,
+            annotation_clip=False,
+        )
+
+
+def _spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """The places nearest to the wanted (ascending) ones that are at least `gap` apart."""
+    groups: list[list[float]] = []  # labels that touch, each by what its first place would be
+    for rank, value in enumerate(wanted):
+        groups.append([value - rank * gap])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    starts = [float(np.mean(group)) for group in groups for _ in group]
+    return [start + rank * gap for rank, start in enumerate(starts)]
+
+
+_PANELS = {
+    "drift": _draw_foundations,
+    "enacted": _draw_enacted,
+    "pmass": _draw_pmass,
+    "tail": _draw_tail,
+    "mundane": _draw_mundane,
+}

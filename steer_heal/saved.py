@@ -1,0 +1,160 @@
+"""A run read back from its files, and what each of its conditions came to. No model is needed.
+
+Of a condition, with replies r to held-out prompts:
+
+    enacted       share of r with a positive enactment; interval over prompts
+    shift         <foundation>_nats - base's, paired by vignette; interval over vignettes
+    trait shift   mean over the intended foundations of sign * shift, nats; where a trait names
+                  none, the difference of enacted from base's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from eval.statistics import Interval, mean_interval, mean_pmass, profile_nats, shift_nats
+from steer_heal.artifacts import (
+    ConditionEval,
+    Controls,
+    Limits,
+    ReplyRow,
+    RoundAdapter,
+    RoundEval,
+    Screened,
+    SteeringVector,
+    TrainStep,
+)
+from steer_heal.errors import UserError
+from steer_heal.rounds import RUN_FILE, Run, read_run
+from steer_heal.trait import Trait
+
+
+class Description(BaseModel):
+    """What run.json says."""
+
+    config: dict[str, Any]
+    model: str  # hash of the weights
+    version: str
+    code: str  # hash of the source
+    python: str
+    libraries: dict[str, str]
+    trait: Trait  # as it was when the run was begun
+    suites: str  # hash of the items it is evaluated on
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRound:
+    """The files of a finished round."""
+
+    folder: str
+    vector: SteeringVector
+    screened: Screened
+    steps: tuple[TrainStep, ...]
+    evaluation: RoundEval
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """The files of a run."""
+
+    path: Path
+    description: Description
+    trait: Trait
+    limits: Limits
+    controls: Controls
+    rounds: tuple[SavedRound, ...]  # at least one
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionFigures:
+    """What one condition came to."""
+
+    label: str
+    dose: float | None  # multiples of the raw vector
+    enacted: Interval  # share of replies, 0 to 1
+    nats: dict[str, float]  # foundation -> log of its mean probability
+    shifts: dict[str, Interval]  # foundation -> difference of nats from base
+    trait_shift: float
+    others_shift_nats: float  # mean |shift| of the foundations that are not intended
+    pmass: float  # 0 to 1
+    pmass_share: float  # of base's
+    tail_median_nats: float  # over replies, a token
+    tail_p90_nats: float
+    mundane: float  # share of tasks right, 0 to 1
+
+
+def read_saved_run(path: Path) -> SavedRun:
+    """Reads a run's files, checked against their recorded hashes.
+
+    Raises:
+        UserError: no run, no finished round yet, a file that is not what was written.
+    """
+    try:
+        description = Description.model_validate(read_run(path))
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{path / RUN_FILE} does not describe a run: {field}") from error
+    run = Run(path, description.config["seed"])
+    done = run.done_rounds()
+    if not done:
+        raise UserError(f"{path}: no round is finished yet, so there is nothing to show")
+    rounds = [
+        SavedRound(
+            folder=round.path.name,
+            vector=round.read(SteeringVector),
+            screened=round.read(Screened),
+            steps=round.read(RoundAdapter).steps,
+            evaluation=round.read(RoundEval),
+        )
+        for round in done
+    ]
+    return SavedRun(
+        path=path,
+        description=description,
+        trait=description.trait,
+        limits=run.read(Limits),
+        controls=run.read(Controls),
+        rounds=tuple(rounds),
+    )
+
+
+def condition_figures(
+    label: str, rows: ConditionEval, base: ConditionEval, trait: Trait
+) -> ConditionFigures:
+    """The numbers of one condition, against those of base."""
+    enacted = mean_interval(prompt_means(rows.replies, lambda reply: reply.enacted))
+    shifts = shift_nats(rows.choices, base.choices)
+    trait_shift = enacted.estimate - float(np.mean([reply.enacted for reply in base.replies]))
+    if trait.intended:
+        signed = [sign * shifts[name].estimate for name, sign in trait.intended.items()]
+        trait_shift = float(np.mean(signed))
+    others = [abs(shift.estimate) for name, shift in shifts.items() if name not in trait.intended]
+    tails = [reply.surprisal.tail_nll_nats for reply in rows.replies]
+    return ConditionFigures(
+        label=label,
+        dose=rows.dose,
+        enacted=enacted,
+        nats=profile_nats(rows.choices),
+        shifts=shifts,
+        trait_shift=trait_shift,
+        others_shift_nats=float(np.mean(others)) if others else 0.0,
+        pmass=mean_pmass(rows.choices),
+        pmass_share=mean_pmass(rows.choices) / mean_pmass(base.choices),
+        tail_median_nats=float(np.median(tails)),
+        tail_p90_nats=float(np.quantile(tails, 0.9)),
+        mundane=float(np.mean([task.right for task in rows.tasks])),
+    )
+
+
+def prompt_means(replies: Sequence[ReplyRow], value: Callable[[ReplyRow], float]) -> list[float]:
+    """Mean over the samples of each prompt: replies to one prompt are not independent."""
+    by_prompt: dict[int, list[float]] = {}
+    for reply in replies:
+        by_prompt.setdefault(reply.prompt_index, []).append(value(reply))
+    return [float(np.mean(values)) for _, values in sorted(by_prompt.items())]

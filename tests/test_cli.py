@@ -1,0 +1,250 @@
+"""The command line: help at once, one message and exit code 2 for what a person can put right."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from steer_heal.config import valid_keys
+from tests.processes import Command, command, portable_settings, refusal, tree
+from tests.tiny import tiny_model_folder
+
+COMMANDS = ("round", "report", "compare", "bench", "settings")
+HEAVY = ("torch", "transformers", "numpy", "peft", "trl", "matplotlib")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> list[str]:
+    """Settings of a small run that would succeed; its files are in the test's own folder."""
+    return portable_settings(tiny_model_folder(tmp_path, "qwen3"), tmp_path)
+
+
+def _without(settings: list[str], *keys: str) -> list[str]:
+    return [line for line in settings if line.partition("=")[0] not in keys]
+
+
+def _refused(folder: Path, *arguments: str) -> str:
+    """The message; nothing in the folder may have changed."""
+    before = tree(folder)
+    message = refusal(command(folder, *arguments))
+    assert tree(folder) == before
+    assert not (folder / "rounds" / "small" / "run.json").exists()
+    return message
+
+
+# ------------------------------------------------------------------------------------------- help
+
+
+def test_help_answers_without_heavy_imports(tmp_path: Path) -> None:
+    program = (
+        "import json, sys; from typer.testing import CliRunner; from steer_heal.cli import app\n"
+        f"calls = [['--help'], *([name, '--help'] for name in {COMMANDS!r})]\n"
+        "done = [CliRunner().invoke(app, call) for call in calls]\n"
+        f"heavy = sorted(set(sys.modules) & set({HEAVY!r}))\n"
+        "print(json.dumps([[r.exit_code for r in done], [r.output for r in done], heavy]))\n"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "COLUMNS": "100",
+        "NO_COLOR": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    codes, pages, heavy = json.loads(done.stdout)
+    assert codes == [0] * (1 + len(COMMANDS))
+    assert heavy == []
+    for name in COMMANDS:
+        assert name in pages[0]
+    assert "KEY=VALUE" in pages[1]
+    assert "RUN" in pages[2]
+    assert "RUN" in pages[3]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_lists_every_key(tmp_path: Path) -> None:
+    done = command(tmp_path, "settings")
+    assert done.code == 0
+    listed = {line.partition("=")[0] for line in done.out.splitlines()}
+    assert set(valid_keys()) <= listed
+
+
+def test_unknown_command_is_refused(tmp_path: Path) -> None:
+    done = command(tmp_path, "rond")
+    assert done.code == 2
+    assert "Traceback" not in done.err
+
+
+# --------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (["heal.barier_weight=1"], ["unknown setting", "heal.barrier_weight"]),
+        (["barrier_weight=0.3"], ["unknown setting", "heal.barrier_weight"]),
+        (["heal.rank=0"], ["heal.rank is '0'", "greater than or equal to 1"]),
+        (["rounds=three"], ["rounds is 'three'", "integer"]),
+        (["three"], ["'three'", "KEY=VALUE"]),
+        (["seed=1", "seed=1"], ["seed is given twice"]),
+        (["pos=kind"], ["give both personas"]),
+    ],
+)
+def test_bad_setting_is_refused(given: list[str], parts: list[str], tmp_path: Path) -> None:
+    message = _refused(tmp_path, "round", *given)
+    for part in parts:
+        assert part in message
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+def _drop_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def _pickle_weights(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def _truncate_weights(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def _garble_weights(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"\xff" * 4096)
+
+
+def _empty_weights(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"")
+
+
+def _drop_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def _drop_template(model: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (_drop_weights, ["no safetensors weights"]),
+        (_pickle_weights, ["no safetensors weights", "are not loaded"]),
+        (_truncate_weights, ["damaged"]),
+        (_garble_weights, ["damaged"]),
+        (_empty_weights, ["damaged"]),
+        (_drop_config, ["no config.json"]),
+        (_drop_template, ["no chat template", "chat_template.jinja"]),
+    ],
+)
+def test_model_that_cannot_be_used_is_refused(
+    damage: Callable[[Path], None], parts: list[str], settings: list[str], tmp_path: Path
+) -> None:
+    damage(tmp_path / "tiny-qwen3")
+    message = _refused(tmp_path, "round", *settings)
+    for part in ["tiny-qwen3", *parts]:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ("/nowhere/at/all", ["/nowhere/at/all", "neither a folder nor a hub id"]),
+        ("no-such-maker/no-such-model", ["no-such-maker/no-such-model", "the hub", "HF_TOKEN"]),
+        ("no-such-maker/no-such-model@v1", ["no-such-model@v1", "the hub"]),
+    ],
+)
+def test_model_that_is_not_there_is_refused(
+    model: str, parts: list[str], settings: list[str], tmp_path: Path
+) -> None:
+    message = _refused(tmp_path, "round", f"model={model}", *_without(settings, "model"))
+    for part in parts:
+        assert part in message
+
+
+# ------------------------------------------------------------------------------- traits and suites
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("name = ", "not TOML"),
+        ('name = "x"', "required"),
+        (None, "no trait"),
+    ],
+)
+def test_trait_that_cannot_be_used_is_refused(
+    text: str | None, part: str, settings: list[str], tmp_path: Path
+) -> None:
+    trait = tmp_path / "small.toml"
+    trait.unlink() if text is None else trait.write_text(text)
+    message = _refused(tmp_path, "round", *settings)
+    assert str(trait) in message
+    assert part in message
+
+
+@pytest.mark.parametrize("name", ["choices.json", "tasks.json"])
+def test_suite_that_cannot_be_used_stops_a_run_at_once(
+    name: str, settings: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("{")
+    assert name in _refused(tmp_path, "round", *settings)
+
+
+# ----------------------------------------------------------------------------------------- filter
+
+
+def test_filter_that_drops_everything_says_what_did_it(settings: list[str], tmp_path: Path) -> None:
+    changed = ["filter.min_enactment_nats=100", *_without(settings, "filter.min_enactment_nats")]
+    message = refusal(command(tmp_path, "round", *changed))
+    assert "the filter left 0 of 24 completions, 2 are needed" in message
+    assert "'enactment'" in message
+    assert "Try: " in message
+    run = tmp_path / "rounds" / "small"
+    assert (run / "round-00" / "drafts.jsonl").exists()  # what was done is kept
+    assert not (run / "round-00" / "completions.jsonl").exists()
+    assert not list(run.rglob(".tmp-*"))
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+@pytest.mark.parametrize("name", ["report", "compare"])
+def test_run_that_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
+    runs = ["nowhere"] if name == "report" else ["nowhere", "nor-here"]
+    assert "no run nowhere" in _refused(tmp_path, name, *runs)
+
+
+@pytest.mark.parametrize("name", ["report", "compare"])
+def test_folder_that_is_no_run_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "rounds" / "empty").mkdir(parents=True)
+    runs = ["empty"] if name == "report" else ["empty", "empty"]
+    assert "is not a run" in _refused(tmp_path, name, *runs)
+
+
+def test_report_of_a_run_without_a_finished_round_is_refused(
+    settings: list[str], tmp_path: Path
+) -> None:
+    begun = Command(tmp_path, "round", *settings)
+    begun.wait_for("round 0: vector")
+    begun.kill()
+    before = tree(tmp_path)
+    message = refusal(command(tmp_path, "report", "small"))
+    assert "small" in message
+    assert tree(tmp_path) == before

@@ -1,0 +1,166 @@
+"""Comparing runs: against plain Python over the JSON files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer_heal.compare import compare_runs
+from steer_heal.config import resolve_config
+from steer_heal.errors import UserError
+from steer_heal.loop import run_path, run_rounds
+from steer_heal.rounds import write_json
+from steer_heal.saved import prompt_means, read_saved_run
+from tests.small import FOUNDATIONS, small_settings
+from tests.tiny import tiny_model_folder
+
+FIGURES = ["enacted", *(f"{name}_nats" for name in sorted(FOUNDATIONS)), "pmass", "mundane"]
+FIGURES.append("tail nats")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two runs on the same items, at two learning rates; one on fewer samples a prompt."""
+    folder = tmp_path_factory.mktemp("compare")
+    settings = small_settings(tiny_model_folder(folder, "qwen3"), folder)
+    varied = r"run=|heal\.learning_rate|evaluate\.samples"
+    settings = [item for item in settings if not re.match(varied, item)]
+    changes = {
+        "slow": ["heal.learning_rate=0.003", "evaluate.samples_per_prompt=2"],
+        "fast": ["heal.learning_rate=0.1", "evaluate.samples_per_prompt=2"],
+        "few": ["heal.learning_rate=0.003", "evaluate.samples_per_prompt=1"],
+    }
+    paths = {}
+    for name, change in changes.items():
+        config = resolve_config([*settings, *change, f"run={name}", "N=1"])
+        paths[name] = run_path(config)
+        run_rounds(config, paths[name])
+    return paths
+
+
+@pytest.fixture
+def copy(runs: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(runs["slow"], tmp_path / "copy"))
+
+
+def _lines(block: str) -> dict[str, list[str]]:
+    """Name of a figure -> the rest of its line."""
+    names = sorted(FIGURES, key=len, reverse=True)
+    found = {}
+    for line in block.splitlines():
+        for name in names:
+            if line.startswith(name + " "):
+                found[name] = line[len(name) :].split()
+                break
+    return found
+
+
+def _healed(path: Path) -> dict[str, Any]:
+    return json.loads((path / "round-00" / "eval.json").read_text())["healed"]
+
+
+def _figures(rows: dict[str, Any]) -> dict[str, float]:
+    figures = {
+        "enacted": statistics.mean(reply["enacted"] for reply in rows["replies"]),
+        "pmass": statistics.mean(row["pmass"] for row in rows["choices"]),
+        "mundane": statistics.mean(task["right"] for task in rows["tasks"]),
+        "tail nats": statistics.mean(
+            reply["surprisal"]["tail_nll_nats"] for reply in rows["replies"]
+        ),
+    }
+    for name in FOUNDATIONS:
+        shares = []
+        for row in rows["choices"]:
+            total = sum(math.exp(score) for score in row["scores"].values())
+            shares.append(math.exp(row["scores"][name]) / total)
+        figures[f"{name}_nats"] = math.log(statistics.mean(shares))
+    return figures
+
+
+def test_a_run_does_not_differ_from_itself(runs: dict[str, Path]) -> None:
+    table, differences = compare_runs([runs["slow"], runs["slow"]]).split("\n\n")
+    assert set(_lines(table)) == set(FIGURES)
+    lines = _lines(differences)
+    assert set(lines) == set(FIGURES)
+    for rest in lines.values():
+        assert rest[:3] == ["+0.000", "[+0.000,", "+0.000]"]
+        assert " ".join(rest[3:]) == "no difference shown"
+
+
+def test_table_and_differences_are_those_of_the_files(runs: dict[str, Path]) -> None:
+    table, differences = compare_runs([runs["slow"], runs["fast"]]).split("\n\n")
+    slow, fast = (_figures(_healed(runs[name])) for name in ("slow", "fast"))
+    assert differences.startswith("fast minus slow")
+    columns, lines = _lines(table), _lines(differences)
+    for name in FIGURES:
+        assert columns[name] == [f"{slow[name]:.3f}", f"{fast[name]:.3f}"]
+        assert float(lines[name][0]) == pytest.approx(fast[name] - slow[name], abs=6e-4)
+        low, high = (float(lines[name][index].strip("[],")) for index in (1, 2))
+        assert low <= float(lines[name][0]) <= high
+        is_shown = low > 0 or high < 0
+        assert is_shown != (lines[name][3:] == ["no", "difference", "shown"])
+    assert slow != fast
+
+
+def test_three_runs_are_each_compared_with_the_first(runs: dict[str, Path]) -> None:
+    table, *pairs = compare_runs([runs["slow"], runs["fast"], runs["slow"]]).split("\n\n")
+    assert table.splitlines()[0].split()[-3:] == ["slow", "fast", "slow"]
+    assert [pair.split(",")[0] for pair in pairs] == ["fast minus slow", "slow minus slow"]
+
+
+def test_other_samples_are_refused(runs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"different items.*samples to held-out prompts differ"):
+        compare_runs([runs["slow"], runs["few"]])
+
+
+def test_other_held_out_prompts_are_refused(runs: dict[str, Path], copy: Path) -> None:
+    description = json.loads((copy / "run.json").read_text())
+    trait = read_saved_run(copy).trait
+    asked = ["Something else?", *trait.held_out_prompts[1:]]
+    description["trait"] = trait.model_dump(mode="json") | {"held_out_prompts": asked}
+    write_json(copy / "run.json", description)
+    with pytest.raises(UserError, match="their held-out prompts differ"):
+        compare_runs([runs["slow"], copy])
+
+
+def test_other_suites_are_refused(runs: dict[str, Path], copy: Path) -> None:
+    description = json.loads((copy / "run.json").read_text())
+    write_json(copy / "run.json", description | {"suites": "0" * 64})
+    with pytest.raises(UserError, match="the texts of their suites differ"):
+        compare_runs([runs["slow"], copy])
+
+
+def test_fewer_than_two_runs_are_refused(runs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="two runs or more, 1 given"):
+        compare_runs([runs["slow"]])
+
+
+def test_a_folder_that_is_no_run_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run"):
+        compare_runs([runs["slow"], tmp_path])
+
+
+def test_a_run_without_a_finished_round_is_refused(runs: dict[str, Path], copy: Path) -> None:
+    (copy / "round-00" / "DONE").unlink()
+    with pytest.raises(UserError, match="no round is finished"):
+        compare_runs([runs["slow"], copy])
+
+
+def test_a_truncated_file_is_named(runs: dict[str, Path], copy: Path) -> None:
+    content = (copy / "base.json").read_bytes()
+    (copy / "base.json").write_bytes(content[:100])
+    with pytest.raises(UserError, match=r"base\.json is not what was written"):
+        compare_runs([runs["slow"], copy])
+
+
+def test_prompt_means_keep_a_prompt_together(runs: dict[str, Path]) -> None:
+    rows = read_saved_run(runs["slow"]).controls.base.replies
+    means = prompt_means(rows, lambda reply: reply.sample)
+    assert means == [0.5] * 4

@@ -1,0 +1,124 @@
+"""The loop: rounds on a tiny model, in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import steer_heal.loop
+from steer_heal.artifacts import Controls, RoundAdapter, RoundEval, Screened, SteeringVector
+from steer_heal.config import RunConfig, resolve_config
+from steer_heal.loop import code_hash, run_path, run_rounds
+from steer_heal.model import load_student, weights_hash
+from steer_heal.rounds import Run
+from tests.small import small_settings
+from tests.tiny import tiny_model_folder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("loop")
+    model = tiny_model_folder(folder, "qwen3")
+    return resolve_config(["N=2", *small_settings(model, folder)])
+
+
+@pytest.fixture(scope="module")
+def run(config: RunConfig) -> Run:
+    run_rounds(config, run_path(config))
+    return Run(run_path(config), config.seed)
+
+
+def test_reads_as_the_method() -> None:
+    assert len(Path(steer_heal.loop.__file__).read_text().splitlines()) < 100
+
+
+def test_run_says_what_it_was_made_from(run: Run, config: RunConfig) -> None:
+    description = json.loads((run.path / "run.json").read_text())
+    assert RunConfig.model_validate(description["config"]) == config
+    assert description["model"] == weights_hash(Path(config.model))
+    assert description["code"] == code_hash()
+    assert description["trait"]["positive"] == "You care for people before rules."
+    assert description["libraries"]["torch"] == torch.__version__
+    assert description["python"].startswith("3.")
+
+
+def test_every_file_of_the_design_is_there(run: Run) -> None:
+    rounds = [
+        "vector.safetensors vector.json dose.json completions.jsonl train.jsonl eval.json DONE",
+        "adapter/adapter_model.safetensors adapter/adapter_config.json",
+    ]
+    for name in ["run.json", "base.json", "prompted.json", "random.json", "log.txt"]:
+        assert (run.path / name).is_file(), name
+    for index in (0, 1):
+        for name in " ".join(rounds).split():
+            assert (run.round(index).path / name).is_file(), name
+    marker = (run.round(1).path / "DONE").stat().st_mtime_ns
+    others = [path for path in run.round(1).path.rglob("*") if path.is_file()]
+    assert marker == max(path.stat().st_mtime_ns for path in others)
+
+
+def test_stages_feed_each_other(run: Run, config: RunConfig) -> None:
+    controls = run.read(Controls)
+    for index in (0, 1):
+        folder = run.round(index)
+        screened, evaluation = folder.read(Screened), folder.read(RoundEval)
+        assert len(screened.rows) == 24
+        assert len(screened.kept) == 8
+        assert {row.dose for row in screened.rows} == {0.05, 0.1}
+        assert evaluation.steered.dose == pytest.approx(screened.mean_kept_dose)
+        assert [row.prompt_index for row in evaluation.healed.replies] == [
+            row.prompt_index for row in controls.base.replies
+        ]
+        adapter = folder.read(RoundAdapter)
+        assert adapter.rank == config.heal.rank
+        assert len(adapter.steps) == 8 * 2 / 4
+    vectors = [run.round(index).read(SteeringVector) for index in (0, 1)]
+    assert not torch.equal(vectors[0].directions, vectors[1].directions)  # a new student
+
+
+def test_peft_loads_the_adapters_to_the_same_student(run: Run, config: RunConfig) -> None:
+    stack = run.last_stack()
+    ours = load_student(config.model, stack)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with ours.running() as model, torch.inference_mode():
+        expected = model(ids).logits
+    plain = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    with torch.inference_mode():
+        base = plain(ids).logits
+    names = [str(run.round(index).path / "adapter") for index in (0, 1)]
+    peft: Any = PeftModel.from_pretrained(plain, names[0], adapter_name="a")
+    peft.load_adapter(names[1], adapter_name="b")
+    peft.base_model.set_adapter(["a", "b"])
+    with torch.inference_mode():
+        found = peft(ids).logits
+    torch.testing.assert_close(found, expected)
+    assert (expected - base).abs().max() > 1e-3
+
+
+def test_weights_of_the_model_are_not_touched(run: Run, config: RunConfig) -> None:
+    description = json.loads((run.path / "run.json").read_text())
+    assert weights_hash(Path(config.model)) == description["model"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (["model=hub/some-model@main"], "care-over-authority--hub_some-model@main--seed0"),
+        (["model=/models/x y/", "seed=4"], "care-over-authority--_models_x_y_--seed4"),
+        (["model=../up", "trait=a/b/mine.toml"], "mine--.._up--seed0"),
+        (["pos=a", "neg=b"], "own--organism--seed0"),
+        (["run=mine/../../x"], "mine_.._.._x"),
+        (["run=mine"], "mine"),
+        ([], "care-over-authority-organism--organism--seed0"),
+    ],
+)
+def test_run_lands_in_one_folder_under_its_own_name(settings: list[str], name: str) -> None:
+    path = run_path(resolve_config([*settings, "folder=there"]))
+    assert path == Path("there") / name
+    assert path.resolve().parent == Path("there").resolve()

@@ -1,0 +1,439 @@
+"""The page against the run's JSON files, read by plain Python; a real small run on a tiny model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import shutil
+import statistics
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from eval.statistics import Interval
+from steer_heal.artifacts import Controls, Limits
+from steer_heal.config import resolve_config
+from steer_heal.errors import UserError
+from steer_heal.figures import DPI, LAYOUTS, SIZES_INCHES, THEMES, _spread, draw_drift
+from steer_heal.loop import run_path, run_rounds
+from steer_heal.report import (
+    Report,
+    command_of,
+    diary_of,
+    drift_of,
+    percent,
+    render_page,
+    summarise,
+    visible,
+    write_report,
+)
+from steer_heal.rounds import Run, write_json
+from steer_heal.saved import read_saved_run
+from tests.small import small_settings
+from tests.tiny import tiny_model_folder
+
+ROUNDS = 2
+
+
+class _Tables(HTMLParser):
+    """Table id -> rows of cell texts; and all that a browser would fetch."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+        self._rows: list[list[str]] = []
+        self._in_cell = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        found = dict(attrs)
+        self.sources += [v for k, v in attrs if k in ("src", "srcset", "href") and v is not None]
+        if tag == "table":
+            self._rows = self.tables.setdefault(found["id"] or "", [])
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("th", "td"):
+            self._rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("th", "td"):
+            self._in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self._rows[-1][-1] += f" {data}" if self._rows[-1][-1] else data
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two rounds; its model, its trait file and its suites are gone."""
+    folder = tmp_path_factory.mktemp("report")
+    config = resolve_config([*small_settings(tiny_model_folder(folder, "qwen3"), folder), "N=2"])
+    path = run_path(config)
+    run_rounds(config, path)
+    for other in folder.iterdir():
+        if other.is_dir() and other != path.parent:
+            shutil.rmtree(other)
+        elif other.is_file():
+            other.unlink()
+    return path
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, to spoil; without a report."""
+    ignored = shutil.ignore_patterns("report.html", "drift.png")
+    return Path(shutil.copytree(made, tmp_path / "run", ignore=ignored))
+
+
+@pytest.fixture(scope="module")
+def report(made: Path) -> Report:
+    return summarise(read_saved_run(made))
+
+
+@pytest.fixture(scope="module")
+def page(made: Path) -> str:
+    return write_report(made).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tables(page: str) -> dict[str, list[list[str]]]:
+    return _Tables(page).tables
+
+
+def _conditions(path: Path) -> list[dict[str, Any]]:
+    """base, prompted, random, then steered and healed of every round, as in the table."""
+    names = ("base", "prompted", "random")
+    found = [json.loads((path / f"{name}.json").read_text()) for name in names]
+    for index in range(ROUNDS):
+        rows = json.loads((path / f"round-{index:02d}" / "eval.json").read_text())
+        found += [rows["steered"], rows["healed"]]
+    return found
+
+
+def _nats(rows: dict[str, Any], name: str) -> float:
+    shares = []
+    for row in rows["choices"]:
+        total = sum(math.exp(score) for score in row["scores"].values())
+        shares.append(math.exp(row["scores"][name]) / total)
+    return math.log(sum(shares) / len(shares))
+
+
+def _enacted(rows: dict[str, Any]) -> float:
+    return statistics.mean(reply["enacted"] for reply in rows["replies"])
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-0.00", "+0.00").replace("-", "−")
+
+
+def test_the_table_has_the_numbers_of_the_files(
+    made: Path, tables: dict[str, list[list[str]]]
+) -> None:
+    conditions = _conditions(made)
+    _, *lines = tables["conditions"]
+    assert len(lines) == len(conditions) == 3 + 2 * ROUNDS
+    for line, rows in zip(lines, conditions, strict=True):
+        _, dose, enacted, care, authority, others, pmass, tail, mundane = line
+        assert dose == ("–" if rows["dose"] is None else f"{rows['dose']:.3g}")
+        assert enacted.startswith(f"{100 * _enacted(rows):.0f} % ")
+        for name, cell in (("care", care), ("authority", authority)):
+            assert cell.startswith(_signed(_nats(rows, name)))
+            if rows is not conditions[0]:
+                shift = _nats(rows, name) - _nats(conditions[0], name)
+                assert f" {_signed(shift)} [" in cell
+        if rows is not conditions[0]:
+            unintended = set(rows["choices"][0]["scores"]) - {"care", "authority"}
+            moved = [abs(_nats(rows, name) - _nats(conditions[0], name)) for name in unintended]
+            assert others == f"{statistics.mean(moved):.2f}"
+        assert pmass == f"{statistics.mean(row['pmass'] for row in rows['choices']):.4f}"
+        tails = [reply["surprisal"]["tail_nll_nats"] for reply in rows["replies"]]
+        assert tail == f"{statistics.median(tails):.2f}"
+        assert mundane == percent(statistics.mean(task["right"] for task in rows["tasks"]))
+
+
+def test_the_headline_says_the_last_round(made: Path, page: str) -> None:
+    base, prompted, *_, healed = _conditions(made)
+    headline = re.search(r"<h1>(.*?)</h1>", page, re.DOTALL)
+    assert headline is not None
+    shares = [percent(_enacted(rows)) for rows in (healed, base, prompted)]
+    assert f"After {ROUNDS} rounds the model enacts the trait in {shares[0]} of" in headline[1]
+    assert f"(base {shares[1]}, persona prompt {shares[2]})" in headline[1]
+
+
+def test_doses_drops_and_training_are_those_of_the_files(
+    made: Path, tables: dict[str, list[list[str]]]
+) -> None:
+    for index in range(ROUNDS):
+        folder = made / f"round-{index:02d}"
+        rows = [json.loads(line) for line in (folder / "completions.jsonl").open()]
+        header, *lines = tables["drops"]
+        counts = dict(zip(header[1:], lines[index][1:], strict=True))
+        assert int(counts.pop("drafts")) == len(rows) == 24
+        assert int(counts.pop("kept")) == sum(row["dropped"] is None for row in rows)
+        reasons = [row["dropped"] for row in rows]
+        assert {k: int(v) for k, v in counts.items()} == {k: reasons.count(k) for k in counts}
+        doses = [line for line in tables["doses"][1:] if line[0] == str(index + 1)]
+        points = json.loads((folder / "dose.json").read_text())
+        assert [line[1] for line in doses] == [f"{point['dose']:g}" for point in points]
+        assert [line[5] for line in doses] == [_signed(p["enactment_nats"]) for p in points]
+        steps = [json.loads(line) for line in (folder / "train.jsonl").open()]
+        line = tables["training"][1 + index]
+        assert line[1] == str(len(steps))
+        assert len(steps) == 4  # so a quarter is one step
+        assert line[2] == f"{steps[0]['nll_nats']:.2f} → {steps[-1]['nll_nats']:.2f}"
+        assert line[3] == f"{steps[-1]['kl_nats']:.3f}"
+        fired = sum(step["share_over"] > 0 for step in steps) / len(steps)
+        assert line[5] == ("never fired" if fired == 0 else percent(fired))
+
+
+def test_retention_is_healed_over_steered(made: Path, report: Report) -> None:
+    base, _, _, *pairs = _conditions(made)
+    for index, figures in enumerate(report.rounds):
+        shifts = [
+            (_nats(rows, "care") - _nats(base, "care"))
+            - (_nats(rows, "authority") - _nats(base, "authority"))
+            for rows in pairs[2 * index : 2 * index + 2]
+        ]
+        assert figures.steered.trait_shift == pytest.approx(shifts[0] / 2)
+        assert figures.healed.trait_shift == pytest.approx(shifts[1] / 2)
+        if shifts[0] > 0:
+            assert figures.retention == pytest.approx(shifts[1] / shifts[0])
+        else:
+            assert figures.retention is None
+
+
+def _with_round(report: Report, **changes: Any) -> Report:
+    """The report with its first round changed: fields of the round, or healed_ figures."""
+    first = report.rounds[0]
+    healed = {k.removeprefix("healed_"): v for k, v in changes.items() if k.startswith("healed_")}
+    own = {k: v for k, v in changes.items() if not k.startswith("healed_")}
+    first = replace(first, healed=replace(first.healed, **healed), **own)
+    return replace(report, rounds=(first, *report.rounds[1:]))
+
+
+def _page_of(report: Report) -> str:
+    return render_page(report, {f"{layout}_{t}": b"" for layout in LAYOUTS for t in THEMES})
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"healed_pmass_share": 0.98}, "Coherence lost</b> in round 1"),
+        ({"healed_mundane": -0.02}, "Mundane tasks lost</b> in round 1"),
+        ({"retention": 0.29}, "Trait undone by healing</b> in round 1"),
+        ({"retention": None}, "Steering moved nothing</b> in round 1"),
+        ({"healed_tail_median_nats": 99.0}, "Replies drift off</b> in round 1"),
+    ],
+)
+def test_what_went_wrong_is_named_at_the_top(
+    report: Report, changes: dict[str, Any], warning: str
+) -> None:
+    fine = _with_round(report, retention=0.5, healed_pmass_share=1.0, healed_tail_median_nats=0.0)
+    fine = replace(fine, rounds=(fine.rounds[0],), base=replace(fine.base, mundane=0.0))
+    assert warning not in _page_of(fine)
+    assert warning in _page_of(_with_round(fine, **changes))
+
+
+def test_one_point_fewer_mundane_tasks_is_no_loss(report: Report) -> None:
+    based = replace(report, base=replace(report.base, mundane=0.98), rounds=report.rounds[:1])
+    assert not _with_round(based, healed_mundane=0.97).duller
+    assert _with_round(based, healed_mundane=0.969).duller
+
+
+def test_a_silent_barrier_is_named(report: Report) -> None:
+    first = report.rounds[0]
+    for share, named in ((0.0, True), (0.5, False)):
+        steps = tuple(step.model_copy(update={"share_over": share}) for step in first.saved.steps)
+        changed = replace(first, saved=replace(first.saved, steps=steps))
+        page = _page_of(replace(report, rounds=(changed,)))
+        assert ("The barrier never fired</b> in round 1" in page) is named
+
+
+def test_the_best_round_has_the_largest_shift_among_the_coherent(report: Report) -> None:
+    def made_of(*rounds: tuple[float, bool]) -> Report:
+        return replace(
+            report,
+            rounds=tuple(
+                replace(
+                    report.rounds[0],
+                    number=number,
+                    is_coherent=coherent,
+                    healed=replace(report.rounds[0].healed, trait_shift=shift),
+                )
+                for number, (shift, coherent) in enumerate(rounds, start=1)
+            ),
+        )
+
+    best = made_of((0.1, True), (0.4, True), (0.9, False)).best
+    assert best is not None and best.number == 2
+    assert made_of((0.1, False)).best is None
+    assert "none is marked as the best" in _page_of(made_of((0.1, False)))
+    assert _page_of(made_of((0.1, True), (0.4, True))).count('class="best"') == 1
+
+
+def test_coherent_is_pmass_and_tail_against_base(made: Path, report: Report) -> None:
+    limits = json.loads((made / "limits.json").read_text())
+    high = np.quantile(limits["base_tail_nll_nats"], 0.95)
+    base, *_ = _conditions(made)
+    for index, figures in enumerate(report.rounds):
+        rows = _conditions(made)[4 + 2 * index]
+        mean = statistics.mean(row["pmass"] for row in rows["choices"])
+        share = mean / statistics.mean(row["pmass"] for row in base["choices"])
+        tails = [reply["surprisal"]["tail_nll_nats"] for reply in rows["replies"]]
+        assert figures.is_coherent == (share >= 0.99 and statistics.median(tails) <= high)
+
+
+def test_the_diary_asks_every_condition_the_same(report: Report, page: str) -> None:
+    diary = diary_of(report.run)
+    assert [entry.prompt for entry in diary] == list(report.run.trait.held_out_prompts)
+    for entry in diary:
+        labels = [label for label, _ in entry.replies]
+        assert labels == ["base", "persona prompt", "after round 1", "after round 2"]
+        assert len({reply.prompt_index for _, reply in entry.replies}) == 1
+    assert page.count('<article class="reply') == len(diary) * (2 + ROUNDS)
+
+
+def test_model_text_is_shown_not_run(run: Path, tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script>\x1b\x07 & <img src=//example.org/x>"
+    run_now, saved = Run(run, 0), read_saved_run(run)
+    controls = saved.controls
+    replies = tuple(row.model_copy(update={"text": hostile}) for row in controls.base.replies)
+    spoilt = tmp_path / "hostile"
+    shutil.copytree(run, spoilt)
+    (spoilt / "stages.json").unlink()
+    fresh = Run(spoilt, 0)
+    fresh.once(Limits, lambda: run_now.read(Limits))
+    fresh.once(
+        Controls,
+        lambda: controls.model_copy(
+            update={"base": controls.base.model_copy(update={"replies": replies})}
+        ),
+    )
+    description = json.loads((spoilt / "run.json").read_text())
+    description["trait"] = saved.trait.model_dump(mode="json") | {"positive": hostile}
+    write_json(spoilt / "run.json", description)
+    page = write_report(spoilt).read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;␛␇ &amp; &lt;img" in page
+    parsed = _Tables(page)
+    assert "script" not in parsed.tags and parsed.tags.count("img") == 1
+
+
+def test_the_page_is_one_file(page: str) -> None:
+    sources = _Tables(page).sources
+    assert len(sources) == 4
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "url(" not in page and "@import" not in page and "<link" not in page
+
+
+def test_drawn_again_from_the_files_alone_it_is_the_same(made: Path, page: str, run: Path) -> None:
+    plot = (made / "drift.png").read_bytes()
+    assert write_report(run).read_text(encoding="utf-8") == page
+    assert (run / "drift.png").read_bytes() == plot
+    assert not [path for path in run.iterdir() if path.name.startswith(".tmp")]
+
+
+def test_the_plots_are_pictures(made: Path, page: str) -> None:
+    width, height = (round(inches * DPI) for inches in SIZES_INCHES["wide"])
+    wide = imread(made / "drift.png")
+    assert wide.shape[:2] == (height, width)
+    assert wide[..., :3].std() > 0.05
+    embedded = [
+        imread(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+        for source in _Tables(page).sources
+    ]
+    assert all(image[..., :3].std() > 0.05 for image in embedded)
+    assert sorted(image.shape[1] for image in embedded) == [645, 645, 1500, 1500]
+    assert sorted(bool(image[0, 0, 0] < 0.5) for image in embedded) == [False, False, True, True]
+
+
+@pytest.mark.parametrize("intended", [{}, {"care": 1}])
+def test_any_number_of_intended_foundations_can_be_drawn(
+    report: Report, intended: dict[str, Any]
+) -> None:
+    trait = report.run.trait.model_copy(update={"intended": intended})
+    saved = replace(report.run, trait=trait, rounds=report.run.rounds[:1])
+    changed = summarise(saved)
+    assert draw_drift(drift_of(changed), "narrow", "dark").startswith(b"\x89PNG")
+    assert "After 1 round the model" in _page_of(changed)
+    if not intended:
+        rows = _conditions(saved.path)
+        healed = changed.rounds[0].healed
+        assert healed.trait_shift == pytest.approx(_enacted(rows[4]) - _enacted(rows[0]))
+
+
+def test_names_in_the_plot_are_pushed_apart_no_further_than_needed() -> None:
+    assert _spread([0.0, 5.0, 9.0], 1.0) == [0.0, 5.0, 9.0]
+    assert _spread([0.0, 0.0, 0.0], 1.0) == [-1.0, 0.0, 1.0]
+    assert _spread([0.0, 0.2, 5.0], 1.0) == pytest.approx([-0.4, 0.6, 5.0])
+
+
+def test_the_command_makes_the_same_config_again(report: Report) -> None:
+    config = report.run.description.config
+    just, verb, *settings = command_of(config).split()
+    assert (just, verb) == ("just", "round")
+    assert resolve_config(settings).model_dump(mode="json") == config
+    assert command_of(resolve_config(["N=4"]).model_dump(mode="json")) == "just round N=4"
+
+
+def test_a_run_without_a_finished_round(run: Path) -> None:
+    for index in range(ROUNDS):
+        (run / f"round-{index:02d}" / "DONE").unlink()
+    with pytest.raises(UserError, match="no round is finished"):
+        write_report(run)
+
+
+def test_only_finished_rounds_are_shown(run: Path) -> None:
+    (run / "round-01" / "DONE").unlink()
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "After 1 round the model" in page and "1 of 2 asked for" in page
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run"):
+        write_report(tmp_path)
+    (tmp_path / "run.json").write_text('{"config": {}}')
+    with pytest.raises(UserError, match=r"run\.json does not describe a run: model"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["round-00/eval.json", "prompted.json", "round-01/train.jsonl"])
+def test_a_truncated_file_is_named(run: Path, name: str) -> None:
+    content = (run / name).read_bytes()
+    (run / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=re.escape(name)):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_shares_are_not_rounded_to_all_or_nothing() -> None:
+    assert [percent(share) for share in (0, 0.004, 0.41, 0.992, 1)] == [
+        "0 %",
+        "0.4 %",
+        "41 %",
+        "99.2 %",
+        "100 %",
+    ]
+
+
+def test_control_characters_are_shown() -> None:
+    assert visible("a\x00b\x1b\nc") == "a␀b␛\nc"
+
+
+def test_intervals_hold_their_estimate(report: Report) -> None:
+    healed = [round.healed for round in report.rounds]
+    intervals: list[Interval] = [figures.enacted for figures in healed]
+    intervals += [shift for figures in healed for shift in figures.shifts.values()]
+    assert all(interval.low <= interval.estimate <= interval.high for interval in intervals)
