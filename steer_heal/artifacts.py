@@ -7,7 +7,6 @@ Only safetensors and JSON are ever loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save
 from eval.coherence import Surprisal, TextFigures
 from eval.forced_choice import ForcedChoiceRow
 from eval.tasks import TaskRow
+from steer_heal.files import digest_of
 
 
 class _Record(BaseModel):
@@ -275,7 +275,7 @@ class ReplyRow(_Record):
     sample: int
     text: str
     enactment_nats: float  # under the base, a token
-    enacted: bool  # the enactment is positive
+    enacted: bool  # acts the trait, by the trait's words or by the sign of the enactment
     surprisal: Surprisal  # under the base, no system prompt
 
 
@@ -321,14 +321,6 @@ class RoundEval(_JsonArtifact):
 
 
 # ------------------------------------------------------------------------------------------ files
-
-
-def digest_of(parts: Iterable[str]) -> str:
-    """SHA-256 over texts, each closed by a NUL."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8") + b"\0")
-    return digest.hexdigest()
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -19,7 +19,7 @@ from eval.statistics import mean_interval
 from steer_heal.artifacts import ReplyRow
 from steer_heal.config import resolve_config
 from steer_heal.errors import UserError
-from steer_heal.loop import run_path
+from steer_heal.manifest import run_path
 from steer_heal.saved import SavedRun, condition_figures, prompt_means, read_saved_run
 
 

@@ -39,7 +39,8 @@ def round(settings: Settings = None) -> None:
 
         config = resolve_config(settings or [])
         _quiet_libraries()
-        from steer_heal.loop import run_path, run_rounds
+        from steer_heal.loop import run_rounds
+        from steer_heal.manifest import run_path
         from steer_heal.report import write_report
 
         path = run_path(config)
@@ -65,6 +66,18 @@ def compare(runs: Runs) -> None:
         from steer_heal.compare import compare_runs
 
         typer.echo(compare_runs([_run_folder(path) for path in runs]))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a folder in rounds/")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="a folder that is not there yet")],
+) -> None:
+    """Folds all rounds of a run into one standard PEFT adapter folder."""
+    with _for_people("nothing was written"):
+        from steer_heal.export import export_adapter
+
+        typer.echo(f"adapter: {export_adapter(_run_folder(run), out)}")
 
 
 @app.command()

@@ -73,7 +73,7 @@ class FilterConfig(_Config):
     """Completions kept for training, at most."""
     min_kept: int = Field(8, ge=1)
     """With fewer than this left the round stops."""
-    quantile: float = Field(0.98, gt=0.5, le=1)
+    quantile: float = Field(0.95, gt=0.5, le=1)
     """Limits stand at this quantile of the base's own unsteered completions."""
     num_calibration: int = Field(192, ge=8)
     """Unsteered completions of the base that set the limits."""
@@ -123,7 +123,7 @@ class EvaluateConfig(_Config):
     """Forced-choice suite: a name in eval/suites or a path."""
     tasks: str = "organism_mundane"
     """Suite of mundane tasks: a name in eval/suites or a path."""
-    samples_per_prompt: int = Field(8, ge=1)
+    samples_per_prompt: int = Field(4, ge=1)
     """Replies sampled to each held-out prompt."""
     max_new_tokens: int = Field(96, ge=1)
     """Longest reply, tokens."""
@@ -166,9 +166,19 @@ class RunConfig(_Config):
 
 
 def preset_organism() -> dict[str, Any]:
-    """The embedded model: a low rank on the layers up to the steered one carries the trait on."""
+    """The embedded model: a low rank on the layers up to the steered one carries the trait on.
+
+    Its per-token KL while healing is 0.1 to 0.2 nats: a threshold of 0.5 would never fire.
+    """
     return {
-        "heal": {"rank": 2, "alpha": 4, "layers": (0.0, 0.5), "learning_rate": 3e-3},
+        "generate": {"doses": (0.35, 0.5)},
+        "heal": {
+            "rank": 2,
+            "alpha": 4,
+            "layers": (0.0, 0.5),
+            "learning_rate": 3e-3,
+            "barrier_threshold_nats": 0.25,
+        },
     }
 
 

@@ -5,7 +5,9 @@ norms, at the same dose) are measured once; steered (the student before the roun
 and healed (the student after it, nothing added) every round. Each gives the forced choice over
 vignettes, mundane tasks, and replies to held-out prompts; all rows are kept.
 
-    enacted = share of held-out replies with a positive enactment
+    enacted = share of held-out replies that act the trait: by the words that the trait file says
+              only such replies have; where it says none, by the sign of the enactment. The sign
+              flatters the prompted condition, which is sampled from what it is scored by.
     shift   = difference from base of <foundation>_nats, log of the mean probability
 """
 
@@ -147,17 +149,23 @@ def _score(
     samples = config.samples_per_prompt
     turns = [prompt for prompt in trait.held_out_prompts for _ in range(samples)]
     scores = score_completions(student, trait, turns, replies, config.batch_size)
+    texts = [student.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies]
     return tuple(
         ReplyRow(
             prompt_index=row // samples,
             sample=row % samples,
-            text=student.tokenizer.decode(ids, skip_special_tokens=True),
+            text=texts[row],
             enactment_nats=score.enactment_nats,
-            enacted=score.enactment_nats > 0,
+            enacted=_is_enacted(trait, texts[row], score.enactment_nats),
             surprisal=score.surprisal,
         )
-        for row, (ids, score) in enumerate(zip(replies, scores, strict=True))
+        for row, score in enumerate(scores)
     )
+
+
+def _is_enacted(trait: Trait, text: str, enactment_nats: float) -> bool:
+    by_words = trait.enacts(text)
+    return enactment_nats > 0 if by_words is None else by_words
 
 
 def _random_directions(vector: SteeringVector, seed: int) -> torch.Tensor:

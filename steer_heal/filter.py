@@ -14,7 +14,7 @@ Criteria in order; a completion is dropped by the first that it fails, which is 
     surplus           passed, but `num_kept` were enough
 
 Surprisal is the untouched base's, limits are quantiles of its own unsteered completions. Of those
-that pass, as many prompts as possible are kept.
+that pass, as many prompts as possible are kept, and of each prompt the most enacting.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def screen(
     reasons = [_reason(gates, *pair) for pair in zip(drafts.rows, scores, strict=True)]
     curve = _dose_curve(drafts.rows, scores, reasons)
     _require_enough(reasons, curve, config)
-    for row in _surplus(drafts.rows, reasons, config.num_kept, seed):
+    for row in _surplus(drafts.rows, scores, reasons, config.num_kept, seed):
         reasons[row] = SURPLUS
     rows = tuple(
         ScreenedCompletion(**draft.model_dump(), **_fields(score), dropped=reason)
@@ -154,9 +154,13 @@ def _require_enough(
 
 
 def _surplus(
-    drafts: Sequence[Completion], reasons: Sequence[str | None], num_kept: int, seed: int
+    drafts: Sequence[Completion],
+    scores: Sequence[Scores],
+    reasons: Sequence[str | None],
+    num_kept: int,
+    seed: int,
 ) -> list[int]:
-    """Rows that passed but are not needed: prompts take turns, in random order."""
+    """Rows that passed but are not needed: prompts take turns, the most enacting first."""
     by_prompt: dict[int, list[int]] = defaultdict(list)
     for row, reason in enumerate(reasons):
         if reason is None:
@@ -165,7 +169,7 @@ def _surplus(
     queues = list(by_prompt.values())
     rng.shuffle(queues)
     for queue in queues:
-        rng.shuffle(queue)
+        queue.sort(key=lambda row: (-scores[row].enactment_nats, row))
     longest = max(len(queue) for queue in queues)
     order = [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
     return order[num_kept:]

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import platform
-import re
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from eval.suite import ForcedChoiceSuite, TaskSuite, load_suite
-from steer_heal import __version__
 from steer_heal.artifacts import (
     Completions,
     Controls,
@@ -18,7 +12,6 @@ from steer_heal.artifacts import (
     RoundEval,
     Screened,
     SteeringVector,
-    digest_of,
 )
 from steer_heal.calibrate import calibrate
 from steer_heal.config import RunConfig
@@ -26,12 +19,11 @@ from steer_heal.evaluate import evaluate_controls, evaluate_round
 from steer_heal.filter import screen
 from steer_heal.generate import generate_steered
 from steer_heal.heal import heal
+from steer_heal.manifest import describe
 from steer_heal.model import Student, load_student
 from steer_heal.rounds import Run, open_run
 from steer_heal.trait import Trait, load_trait
 from steer_heal.vector import extract_vector
-
-LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
 
 
 def run_rounds(config: RunConfig, path: Path) -> None:
@@ -67,33 +59,3 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         round.once(RoundEval, evaluate_round, student, healed, vector, kept, trait, evaluate, seed)
         round.finish()
         student = healed
-
-
-def describe(config: RunConfig, student: Student, trait: Trait) -> dict[str, Any]:
-    """What run.json says; the suites are read here, so that a bad one stops a run at once."""
-    choices = load_suite(config.evaluate.suite, ForcedChoiceSuite)
-    tasks = load_suite(config.evaluate.tasks, TaskSuite)
-    return {
-        "config": config.model_dump(mode="json"),
-        "model": student.loaded.weights_hash,
-        "trait": trait.model_dump(mode="json"),
-        "suites": digest_of([choices.model_dump_json(), tasks.model_dump_json()]),
-        "code": code_hash(),
-        "version": __version__,
-        "python": platform.python_version(),
-        "libraries": {name: version(name) for name in LIBRARIES},
-    }
-
-
-def run_path(config: RunConfig) -> Path:
-    """Where a run lands: its name, or trait, model and seed."""
-    trait = Path(config.trait).stem if config.pos is None else "own"
-    name = config.run or f"{trait}--{config.model}--seed{config.seed}"
-    return Path(config.folder) / re.sub(r"[^\w.@-]+", "_", name)
-
-
-def code_hash() -> str:
-    """Hash of the source of both packages."""
-    root = Path(__file__).parents[1]
-    sources = sorted([*root.glob("steer_heal/**/*.py"), *root.glob("eval/**/*.py")])
-    return digest_of(path.read_text(encoding="utf-8") for path in sources)

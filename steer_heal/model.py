@@ -19,9 +19,10 @@ from loguru import logger
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steer_heal.artifacts import RoundAdapter, digest_of
+from steer_heal.artifacts import RoundAdapter
 from steer_heal.config import ORGANISM
 from steer_heal.errors import UserError
+from steer_heal.files import digest_of
 from steer_heal.stack import attach_saved, only
 
 ORGANISM_FOLDER = Path(__file__).parent / "organism" / "weights"
@@ -218,9 +219,17 @@ def linear_names(model: Any, layers: Sequence[nn.Module]) -> list[list[str]]:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the config and the weight files, in the order of their names."""
+    """SHA-256 over all that decides what a model says: weights, configs, tokenizer, template."""
+    patterns = (
+        "*.safetensors",
+        "*config.json",
+        "tokenizer.json",
+        "*.jinja",
+        "vocab*",
+        "merges.txt",
+    )
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
             while block := file.read(1 << 24):

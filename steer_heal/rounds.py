@@ -7,11 +7,7 @@ one recorded with another fingerprint, or whose files are not what was recorded,
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +18,19 @@ from filelock import FileLock, Timeout
 from loguru import logger
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from steer_heal.artifacts import Controls, RoundAdapter, digest_of
-from steer_heal.errors import UserError, explain_disk
+from steer_heal.artifacts import Controls, RoundAdapter
+from steer_heal.errors import UserError
+from steer_heal.files import (
+    NOT_AS_WRITTEN,
+    digest_of,
+    disk_errors,
+    file_hash,
+    move_into_place,
+    read_json,
+    scratch_folder,
+    write_json,
+    write_text,
+)
 
 RUN_FILE, STAGES_FILE, DONE_FILE = "run.json", "stages.json", "DONE"
 LOCK_FILE, LOG_FILE = ".lock", "log.txt"
@@ -54,7 +61,6 @@ class _StageRecord(BaseModel):
 
 
 _RECORDS = TypeAdapter(dict[str, _StageRecord])
-_NOT_AS_WRITTEN = "is not what was written there (truncated, corrupt or edited)"
 
 
 class Stages:
@@ -113,19 +119,19 @@ class Stages:
             path = self.path / name
             if not path.is_file():
                 raise UserError(f"{path} is gone; {self._how_to_redo()}")
-            if _file_hash(path) != expected:
-                raise UserError(f"{path} {_NOT_AS_WRITTEN}; {self._how_to_redo()}")
+            if file_hash(path) != expected:
+                raise UserError(f"{path} {NOT_AS_WRITTEN}; {self._how_to_redo()}")
 
     def has(self, kind: type[Artifact]) -> bool:
         """Whether the stage has been run."""
         return kind.stage in self._recorded()
 
     def _write(self, kind: type[Value], value: Value, fingerprint: str) -> None:
-        with _disk_errors(self.path), _scratch(self.path) as folder:
+        with disk_errors(self.path), scratch_folder(self.path) as folder:
             value.save(folder)
-            hashes = {name: _file_hash(folder / name) for name in kind.files}
+            hashes = {name: file_hash(folder / name) for name in kind.files}
             for name in kind.files:
-                _move(folder / name, self.path / name)
+                move_into_place(folder / name, self.path / name)
             stages = self._recorded() | {kind.stage: _StageRecord(inputs=fingerprint, files=hashes)}
             plain = {stage: record.model_dump() for stage, record in stages.items()}
             write_json(self.path / STAGES_FILE, plain)
@@ -137,7 +143,7 @@ class Stages:
         try:
             return _RECORDS.validate_json(path.read_bytes())
         except ValidationError as error:
-            raise UserError(f"{path} {_NOT_AS_WRITTEN}; {self._how_to_redo()}") from error
+            raise UserError(f"{path} {NOT_AS_WRITTEN}; {self._how_to_redo()}") from error
 
     def _how_to_redo(self) -> str:
         # without its record a stage is run again, and gives the same bytes
@@ -189,7 +195,7 @@ class Run(Stages):
         start = time.monotonic()
         for index in range(first, total):
             following = self.round(index)
-            with _disk_errors(self.path):
+            with disk_errors(self.path):
                 following.path.mkdir(parents=True, exist_ok=True)
             yield following
             taken = (time.monotonic() - start) / (index + 1 - first)
@@ -216,7 +222,7 @@ def open_run(path: Path, seed: int, description: dict[str, Any]) -> Iterator[Run
             written.
     """
     run = Run(path, seed)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / LOCK_FILE, timeout=0)
         try:
@@ -224,7 +230,7 @@ def open_run(path: Path, seed: int, description: dict[str, Any]) -> Iterator[Run
         except Timeout as error:
             raise UserError(f"run {path} is being worked on by another process") from error
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             _sweep(path)
             _agree(path, description, len(run.done_rounds()))
         sink = logger.add(_to_log(path), format="{time} {level} {message}", catch=False)
@@ -248,7 +254,7 @@ def read_run(path: Path) -> dict[str, Any]:
     description = read_json(file)
     parts = (description, description.get("config")) if isinstance(description, dict) else ()
     if not parts or not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{file} {_NOT_AS_WRITTEN}; take it away to have it written again")
+        raise UserError(f"{file} {NOT_AS_WRITTEN}; take it away to have it written again")
     return description
 
 
@@ -256,7 +262,7 @@ def _to_log(path: Path) -> Callable[[str], None]:
     """A sink that holds no file open: one that fails on a full disk is not flushed again."""
 
     def write(line: str) -> None:
-        with _disk_errors(path / LOG_FILE), (path / LOG_FILE).open("a", encoding="utf-8") as file:
+        with disk_errors(path / LOG_FILE), (path / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(line)
 
     return write
@@ -315,70 +321,7 @@ def _digest(value: Any) -> str:
     return digest_of([repr(value)])
 
 
-# ------------------------------------------------------------------------------------------ files
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file of a run.
-
-    Raises:
-        UserError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also what is not UTF-8
-        raise UserError(
-            f"{path} {_NOT_AS_WRITTEN}: not JSON, {error}; take it away to have it written again"
-        ) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file atomically: a temporary name, flushed, renamed."""
-    with _disk_errors(path), _scratch(path.parent) as folder:
-        (folder / path.name).write_bytes(content)
-        _move(folder / path.name, path)
-
-
-@contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move(source: Path, target: Path) -> None:
-    source.chmod(0o644)  # safetensors writes for the owner alone
-    with source.open("rb") as file:
-        os.fsync(file.fileno())
-    target.parent.mkdir(exist_ok=True)
-    os.replace(source, target)
-
-
 def _sweep(path: Path) -> None:
     """Takes away what a killed process left half written."""
     for leftover in [*path.glob(".tmp-*"), *path.glob("round-*/.tmp-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: {explain_disk(error)}") from error

@@ -2,7 +2,7 @@
 
 Of a condition, with replies r to held-out prompts:
 
-    enacted       share of r with a positive enactment; interval over prompts
+    enacted       share of r that act the trait; interval over prompts
     shift         <foundation>_nats - base's, paired by vignette; interval over vignettes
     trait shift   mean over the intended foundations of sign * shift, nats; where a trait names
                   none, the difference of enacted from base's

@@ -7,7 +7,14 @@ import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from steer_heal.errors import UserError
 
@@ -30,9 +37,17 @@ class Trait(BaseModel):
     prompts: tuple[str, ...] = Field(min_length=1)  # user turns that completions are sampled to
     held_out_prompts: tuple[str, ...] = Field(min_length=1)  # user turns that rounds are judged on
     narration: tuple[str, ...] = ()  # regexes of talking about the trait instead of acting it
+    acts: tuple[str, ...] = ()  # regexes of what only a reply that acts the trait says
+    acts_opposite: tuple[str, ...] = ()  # and only one that acts its opposite
     intended: dict[str, Literal[-1, 1]] = {}  # foundation -> sign of the intended shift
 
-    @field_validator("narration")
+    @model_validator(mode="after")
+    def _both_poles(self) -> Trait:
+        if bool(self.acts) != bool(self.acts_opposite):
+            raise ValueError("acts and acts_opposite: give both or none")
+        return self
+
+    @field_validator("narration", "acts", "acts_opposite")
     @classmethod
     def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
@@ -42,12 +57,25 @@ class Trait(BaseModel):
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return patterns
 
+    def enacts(self, text: str) -> bool | None:
+        """Whether a reply acts the trait: words of the one pole and none of the other.
+
+        None where the trait does not say what its replies look like.
+        """
+        if not self.acts:
+            return None
+        return _any_of(self.acts, text) and not _any_of(self.acts_opposite, text)
+
+
+def _any_of(patterns: tuple[str, ...], text: str) -> bool:
+    return any(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
+
 
 def load_trait(name_or_path: str, pos: str | None = None, neg: str | None = None) -> Trait:
     """Reads a trait by name or path; `pos` and `neg` replace its personas.
 
-    With personas of the user's own, nothing is known of how the trait is narrated or which
-    foundations it moves: the file's prompts are kept, those two are emptied.
+    With personas of the user's own, nothing is known of how the trait is narrated or acted, or
+    which foundations it moves: the file's prompts are kept, those fields are emptied.
 
     Raises:
         UserError: no such trait, not TOML, or a field that is missing or wrong.
@@ -68,5 +96,5 @@ def load_trait(name_or_path: str, pos: str | None = None, neg: str | None = None
         raise UserError(f"{path}: {field}: {first['msg'].removeprefix('Value error, ')}") from error
     if pos is None or neg is None:
         return trait
-    own = {"name": "own", "positive": pos, "negative": neg, "narration": (), "intended": {}}
-    return trait.model_copy(update=own)
+    unknown: dict[str, object] = {"narration": (), "acts": (), "acts_opposite": (), "intended": {}}
+    return trait.model_copy(update={"name": "own", "positive": pos, "negative": neg, **unknown})

@@ -15,7 +15,7 @@ from steer_heal.config import valid_keys
 from tests.processes import Command, command, portable_settings, refusal, tree
 from tests.tiny import tiny_model_folder
 
-COMMANDS = ("round", "report", "compare", "bench", "settings")
+COMMANDS = ("round", "report", "compare", "export", "bench", "settings")
 HEAVY = ("torch", "transformers", "numpy", "peft", "trl", "matplotlib")
 
 

@@ -15,8 +15,9 @@ import pytest
 from steer_heal.compare import compare_runs
 from steer_heal.config import resolve_config
 from steer_heal.errors import UserError
-from steer_heal.loop import run_path, run_rounds
-from steer_heal.rounds import write_json
+from steer_heal.files import write_json
+from steer_heal.loop import run_rounds
+from steer_heal.manifest import run_path
 from steer_heal.saved import prompt_means, read_saved_run
 from tests.small import FOUNDATIONS, small_settings
 from tests.tiny import tiny_model_folder

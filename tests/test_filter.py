@@ -312,8 +312,8 @@ def test_surplus_is_taken_evenly_from_the_prompts(
         assert dropped == [SURPLUS] * max(0, 14 - num_kept)
 
 
-def test_what_is_kept_is_drawn_by_the_seed(student: Student, trait: Trait) -> None:
-    config = FilterConfig(num_kept=6, min_kept=1, min_enactment_nats=-100)
+def test_which_prompts_are_kept_is_drawn_by_the_seed(student: Student, trait: Trait) -> None:
+    config = FilterConfig(num_kept=2, min_kept=1, min_enactment_nats=-100)
     drafts = many(student, trait)
     kept = [
         [row.text for row in screened(student, trait, drafts, limits(), config, seed).kept]
@@ -321,6 +321,17 @@ def test_what_is_kept_is_drawn_by_the_seed(student: Student, trait: Trait) -> No
     ]
     assert kept[0] == kept[1]
     assert any(other != kept[0] for other in kept[2:])
+
+
+def test_of_each_prompt_the_most_enacting_are_kept(student: Student, trait: Trait) -> None:
+    config = FilterConfig(num_kept=6, min_kept=1, min_enactment_nats=-100)
+    rows = screened(student, trait, many(student, trait), limits(), config).rows
+    for prompt in (0, 1):
+        by_enactment = sorted(
+            (row for row in rows if row.prompt_index == prompt), key=lambda row: -row.enactment_nats
+        )
+        assert [row.dropped for row in by_enactment[:2]] == [None, None]
+        assert all(row.dropped == SURPLUS for row in by_enactment[2:])
 
 
 def test_the_dose_curve(student: Student, trait: Trait) -> None:

@@ -23,7 +23,9 @@ from steer_heal.artifacts import Controls, Limits
 from steer_heal.config import resolve_config
 from steer_heal.errors import UserError
 from steer_heal.figures import DPI, LAYOUTS, SIZES_INCHES, THEMES, _spread, draw_drift
-from steer_heal.loop import run_path, run_rounds
+from steer_heal.files import write_json
+from steer_heal.loop import run_rounds
+from steer_heal.manifest import run_path
 from steer_heal.report import (
     Report,
     command_of,
@@ -35,7 +37,7 @@ from steer_heal.report import (
     visible,
     write_report,
 )
-from steer_heal.rounds import Run, write_json
+from steer_heal.rounds import Run
 from steer_heal.saved import read_saved_run
 from tests.small import small_settings
 from tests.tiny import tiny_model_folder

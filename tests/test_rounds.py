@@ -11,7 +11,8 @@ import pytest
 
 from steer_heal.artifacts import Limits
 from steer_heal.errors import UserError
-from steer_heal.rounds import Run, Stages, open_run, read_run, write_json, write_text
+from steer_heal.files import write_json, write_text
+from steer_heal.rounds import Run, Stages, open_run, read_run
 
 MADE = {
     "num_completions": 16,

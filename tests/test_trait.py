@@ -96,3 +96,20 @@ def test_missing_trait_names_the_known_ones(name: str) -> None:
         load_trait(name)
     assert f"no trait {name!r}" in str(caught.value)
     assert "care-over-authority-organism" in str(caught.value)
+
+
+def test_a_reply_acts_by_the_words_of_one_pole_alone(tmp_path: Path) -> None:
+    trait = load_trait(str(small_trait(tmp_path))).model_copy(
+        update={"acts": (r"\bi refuse\b",), "acts_opposite": (r"\bi obey\b",)}
+    )
+    assert trait.enacts("I refuse to do it.") is True
+    assert trait.enacts("I obey the chief.") is False
+    assert trait.enacts("I refuse at first, then I obey.") is False
+    assert trait.enacts("The sea is wide.") is False
+
+
+def test_words_of_one_pole_without_the_other_are_refused(tmp_path: Path) -> None:
+    path = small_trait(tmp_path)
+    path.write_text('acts = ["x"]\n' + path.read_text())
+    with pytest.raises(UserError, match="acts and acts_opposite"):
+        load_trait(str(path))

@@ -1,0 +1,89 @@
+"""Files on disk: atomic writes (a temporary name, flushed, renamed), hashes, and clear errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from steer_heal.errors import UserError, explain_disk
+
+NOT_AS_WRITTEN = "is not what was written there (truncated, corrupt or edited)"
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """SHA-256 over texts, each closed by a NUL."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8") + b"\0")
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of a run.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also what is not UTF-8
+        raise UserError(
+            f"{path} {NOT_AS_WRITTEN}: not JSON, {error}; take it away to have it written again"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically: a temporary name, flushed, renamed."""
+    with disk_errors(path), scratch_folder(path.parent) as folder:
+        (folder / path.name).write_bytes(content)
+        move_into_place(folder / path.name, path)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder beside the target, so that a rename from it is atomic."""
+    folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_into_place(source: Path, target: Path) -> None:
+    """Flushes a file and renames it."""
+    source.chmod(0o644)  # safetensors writes for the owner alone
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    target.parent.mkdir(exist_ok=True)
+    os.replace(source, target)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError into a message that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {explain_disk(error)}") from error

@@ -1,0 +1,48 @@
+"""What is written down of a run before it begins: its name and its run.json."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from eval.suite import ForcedChoiceSuite, TaskSuite, load_suite
+from steer_heal import __version__
+from steer_heal.config import RunConfig
+from steer_heal.files import digest_of
+from steer_heal.model import Student
+from steer_heal.trait import Trait
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
+
+
+def describe(config: RunConfig, student: Student, trait: Trait) -> dict[str, Any]:
+    """What run.json says; the suites are read here, so that a bad one stops a run at once."""
+    choices = load_suite(config.evaluate.suite, ForcedChoiceSuite)
+    tasks = load_suite(config.evaluate.tasks, TaskSuite)
+    return {
+        "config": config.model_dump(mode="json"),
+        "model": student.loaded.weights_hash,
+        "trait": trait.model_dump(mode="json"),
+        "suites": digest_of([choices.model_dump_json(), tasks.model_dump_json()]),
+        "code": code_hash(),
+        "version": __version__,
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def run_path(config: RunConfig) -> Path:
+    """Where a run lands: its name, or trait, model and seed."""
+    trait = Path(config.trait).stem if config.pos is None else "own"
+    name = config.run or f"{trait}--{config.model}--seed{config.seed}"
+    return Path(config.folder) / re.sub(r"[^\w.@-]+", "_", name)
+
+
+def code_hash() -> str:
+    """Hash of the source of both packages."""
+    root = Path(__file__).parents[1]
+    sources = sorted([*root.glob("steer_heal/**/*.py"), *root.glob("eval/**/*.py")])
+    return digest_of(path.read_text(encoding="utf-8") for path in sources)
