@@ -30,7 +30,7 @@ class BenchRow(BaseModel):
 
     seed: int
     wall_s: float
-    peak_memory_gib: float
+    peak_memory_gib: float  # of this process or an earlier seed's, whichever was larger
     enacted_base: float  # shares of held-out replies, 0 to 1
     enacted_prompted: float
     enacted_steered: float
@@ -46,7 +46,13 @@ class BenchRow(BaseModel):
 
 
 def bench(folder: Path, seeds: Sequence[int], settings: Sequence[str]) -> str:
-    """Runs the main job for every seed from nothing in `folder`; returns the table."""
+    """Runs the main job for every seed from nothing in `folder`; returns the table.
+
+    Raises:
+        UserError: `folder` is there already, or a run failed.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} is there already: a benchmark starts from nothing, take it away")
     rows = [_measure(folder, seed, list(settings)) for seed in seeds]
     return _table(rows)
 
@@ -55,8 +61,6 @@ def _measure(folder: Path, seed: int, settings: list[str]) -> BenchRow:
     arguments = ["N=3", *settings, f"seed={seed}", f"folder={folder}"]
     config = resolve_config(arguments)
     path = run_path(config)
-    if path.exists():
-        raise UserError(f"{path} is there already: a benchmark starts from nothing")
     program = "from steer_heal.cli import main; main()"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program, "round", *arguments])
