@@ -228,6 +228,7 @@ def _draw_mundane(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
     axes.plot(range(len(drift.mundane)), drift.mundane, color=palette.ink, marker="o")
     lowest = min(*drift.mundane, 0.88)
     axes.set_ylim(lowest - 0.1 * (1 - lowest), 1.01)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))  # whole percents
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     return [
         (drift.mundane[-1], "healed", palette.ink, False),
