@@ -19,18 +19,22 @@ setup:
     cat pyproject.toml constraints.txt > {{stamp}}
 
 # run steer-heal rounds on the embedded model: just round N=3 [KEY=VALUE ...]
+[no-exit-message]
 round *SETTINGS: setup
     @{{bin}}/steer-heal round "$@"
 
 # draw a run's report again from its files: just report rounds/NAME
+[no-exit-message]
 report +RUNS: setup
     @{{bin}}/steer-heal report "$@"
 
 # paired differences between runs: just compare rounds/A rounds/B
+[no-exit-message]
 compare +RUNS: setup
     @{{bin}}/steer-heal compare "$@"
 
 # the test suite, as CI runs it
+[no-exit-message]
 test *ARGS: setup
     @{{bin}}/python -m pytest "$@"
 
@@ -41,9 +45,11 @@ check: setup
     @{{bin}}/mypy
 
 # retrain the embedded model from nothing and check it; --check only checks the one that is here
+[no-exit-message]
 organism *ARGS: setup
     @{{bin}}/python -m steer_heal.organism "$@"
 
 # three rounds on each of three seeds: the numbers in the README and docs/LOG.md
+[no-exit-message]
 bench *ARGS: setup
     @{{bin}}/steer-heal bench "$@"
