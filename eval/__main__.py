@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from eval.errors import UserError
-from eval.quiet import quiet_libraries
+from eval.people import for_people
 
 
 def main(
@@ -15,20 +14,10 @@ def main(
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...")] = None,
 ) -> None:
     """Asks a suite of a model; the same command again goes on where it stopped."""
-    quiet_libraries()
-    try:
+    with for_people("the same command goes on from there"):
         from eval.command import evaluate_model
 
         typer.echo(evaluate_model(model, settings or []))
-    except UserError as error:
-        _fail(f"error: {error}")
-    except KeyboardInterrupt:
-        _fail("\nstopped; the same command goes on from there")
-
-
-def _fail(message: str) -> None:
-    typer.echo(message, err=True)
-    raise typer.Exit(2)
 
 
 if __name__ == "__main__":

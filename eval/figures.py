@@ -198,17 +198,6 @@ def flip_rate(
     return mean_interval(flips.tolist(), seed, [row.id for row in rows])
 
 
-def retention(healed_shift: Interval, steered_shift: Interval) -> float | None:
-    """Healed shift / steered shift: near 1 the trait stayed, near 0 it is undone, below 0 reversed.
-
-    None where the steered shift's interval includes 0: nothing was there to be retained, and the
-    ratio of two such numbers would say nothing.
-    """
-    if not steered_shift.excludes_zero:
-        return None
-    return healed_shift.estimate / steered_shift.estimate
-
-
 def perspective_gap_nats(rows: Sequence[ForcedChoiceRow], seed: int = 0) -> dict[str, Interval]:
     """`<foundation>_nats` where the one asked does it, less where another does, nats.
 

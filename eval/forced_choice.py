@@ -71,7 +71,7 @@ class ForcedChoiceRow(BaseModel):
     human: dict[str, float] | None = None  # share of people who chose each foundation
     scores: dict[str, float]  # foundation -> mean log-probability over the two frames, nats
     pmass: float  # full-vocabulary probability on the option indices, mean over the frames
-    prefill_nll_nats: float | None = None  # a token of the prefill, mean over frames and thinks
+    prefill_nll_nats: float  # a token of the prefill, mean over frames and thinks
     natural: int = 0  # answers that were read inside a think
     thinks: tuple[str, ...] = ()  # frame by frame, sample by sample; empty without any
 

@@ -30,7 +30,7 @@ from eval.files import (
     write_json,
 )
 from eval.kinds import Figures, Result, Row, kind_of
-from eval.settings import Settings
+from eval.settings import Device, Settings
 from eval.suite import ProbeSuite, load_probe_suite
 from eval.think import Thinking
 
@@ -58,8 +58,8 @@ class ProbeConfig(Settings):
     """Every random draw derives from it."""
     batch_size: int = Field(64, ge=1)
     """Rows a forward pass."""
-    device: str = "auto"
-    """cpu, cuda or mps; auto takes a GPU where there is one."""
+    device: Device = "auto"
+    """auto takes a GPU where there is one."""
     folder: str = "evaluations"
     """Where evaluations land."""
 
@@ -101,17 +101,22 @@ class ProbeConfig(Settings):
 
 
 def probe(
-    model: Any, tokenizer: Any, config: ProbeConfig, subject: dict[str, str], name: str
+    model: Any,
+    tokenizer: Any,
+    suite: ProbeSuite,
+    config: ProbeConfig,
+    subject: dict[str, str],
+    name: str,
 ) -> tuple[Result, Figures]:
     """Asks a suite of a model, going on where an earlier call stopped.
 
     Args:
+        suite: what `config.load()` gives.
         subject: what tells the model from others: its id, the hash of its weights, its adapters.
         name: of the evaluation's folder in `config.folder`.
     Raises:
         UserError: the folder holds another evaluation, or cannot be read or written.
     """
-    suite = config.load()
     kind = kind_of(suite)
     folder = Path(config.folder) / name
     with locked(folder, f"evaluation {folder}"):
@@ -167,7 +172,8 @@ def _agree(folder: Path, about: dict[str, Any]) -> None:
         return
     before = read_json(file)
     if before != about:
-        changed = [key for key in about if before.get(key) != about[key]]
+        known = before if isinstance(before, dict) else {}
+        changed = [key for key in about if known.get(key) != about[key]]
         raise UserError(
             f"{folder} holds another evaluation ({', '.join(changed)} differ); give this one a "
             "place of its own with folder=NAME, or take that one away"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
-from typing import Any, TypeVar, get_origin
+from typing import Any, Literal, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,6 +22,7 @@ class Settings(BaseModel):
     )
 
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Config = TypeVar("Config", bound=BaseModel)
 Given = dict[str, Any]
 

@@ -42,7 +42,7 @@ class Summary(BaseModel):
     num_items: int
     unscorable: tuple[str, ...]  # keys of items that have no row
     pmass: float  # mean probability on the allowed answers, 0 to 1
-    prefill_nll_nats: float | None  # a token of the prefill, mean over items
+    prefill_nll_nats: float  # a token of the prefill, mean over items
     natural: int  # answers that were read inside a think
     profile: dict[str, float]  # foundation -> mean probability, 0 to 1
     nats: dict[str, float]  # foundation -> log of it
@@ -59,13 +59,12 @@ def summarise(result: ForcedChoiceResult) -> Summary:
     labels = {row.label for row in rows} - {None}
     has_people = any(row.human is not None for row in rows)
     pairs = _perspective_pairs(rows)
-    nll = [row.prefill_nll_nats for row in rows if row.prefill_nll_nats is not None]
     names = list(rows[0].scores)
     return Summary(
         num_items=len(rows) + len(result.unscorable),
         unscorable=result.unscorable,
         pmass=mean_pmass(rows),
-        prefill_nll_nats=float(np.mean(nll)) if nll else None,
+        prefill_nll_nats=float(np.mean([row.prefill_nll_nats for row in rows])),
         natural=sum(row.natural for row in rows),
         profile=dict(zip(names, choice_probabilities(rows).mean(0).tolist(), strict=True)),
         nats=profile_nats(rows),
@@ -89,8 +88,7 @@ def format_summary(summary: Summary) -> str:
         apart = f"{interval_text(gap[name]):>28}" if gap else ""
         lines.append(f"{name:14}{p:>7.3f}{summary.nats[name]:>8.2f}{found}{apart}")
     lines.append(f"pmass {summary.pmass:.4f}")
-    if summary.prefill_nll_nats is not None:
-        lines.append(f"prefill {summary.prefill_nll_nats:.4f} nats a token")
+    lines.append(f"prefill {summary.prefill_nll_nats:.4f} nats a token")
     if summary.informedness is not None:
         lines.append(f"informedness {interval_text(summary.informedness)} (chance 0, all found 1)")
     people, fitted = summary.soft_cross_entropy, summary.temperature

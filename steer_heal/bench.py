@@ -13,9 +13,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from eval.errors import UserError
+from eval.figures import seed_interval
 from eval.statistics import Interval, mean_interval
 from eval.summary import interval_text
 from steer_heal.artifacts import ReplyRow
@@ -32,20 +34,20 @@ class BenchRow(BaseModel):
     seed: int
     wall_s: float
     peak_memory_gib: float  # of this process or an earlier seed's, whichever was larger
-    enacted_base: float  # shares of held-out replies, 0 to 1
-    enacted_prompted: float
-    enacted_engineered: float
-    enacted_random: str  # a value a direction
-    enacted_steered: float  # of the last round
-    enacted_healed: float
-    healed_minus_prompted: str  # paired difference with its 95 % interval
-    authority_shift_prompted: str  # nats, from base, with its 95 % interval
-    authority_shift_engineered: str
-    authority_shift_random: str  # a value a direction
-    authority_shift_steered: str
-    authority_shift_healed: str
-    selectivity_prompted: str  # nats
-    selectivity_healed: str
+    enacted_base: Interval  # shares of held-out replies, 0 to 1
+    enacted_prompted: Interval
+    enacted_engineered: Interval
+    enacted_random: tuple[float, ...]  # a value a direction
+    enacted_steered: Interval  # of the last round
+    enacted_healed: Interval
+    healed_minus_prompted: Interval  # paired
+    authority_shift_prompted: Interval  # nats, from base
+    authority_shift_engineered: Interval
+    authority_shift_random: tuple[float, ...]  # a value a direction
+    authority_shift_steered: Interval
+    authority_shift_healed: Interval
+    selectivity_prompted: Interval  # nats
+    selectivity_healed: Interval
     internalised: float  # -1 to 1, of the last round
     pmass_of_base: float
     tail_nats_base: float  # median over replies, nats a token
@@ -100,13 +102,13 @@ def _row(seed: int, wall_s: float, peak_gib: float, run: SavedRun) -> BenchRow:
         seed=seed,
         wall_s=wall_s,
         peak_memory_gib=peak_gib,
-        **{f"enacted_{name}": figures.enacted.estimate for name, figures in of.items()},
-        enacted_random=_several([figures.enacted.estimate for figures in random]),
-        healed_minus_prompted=interval_text(gain),
-        **{f"authority_shift_{name}": interval_text(shift) for name, shift in moved.items()},
-        authority_shift_random=_several([each.shifts["authority"].estimate for each in random]),
-        selectivity_prompted=_interval(of["prompted"].selectivity),
-        selectivity_healed=_interval(of["healed"].selectivity),
+        **{f"enacted_{name}": figures.enacted for name, figures in of.items()},
+        enacted_random=tuple(figures.enacted.estimate for figures in random),
+        healed_minus_prompted=gain,
+        **{f"authority_shift_{name}": shift for name, shift in moved.items()},
+        authority_shift_random=tuple(each.shifts["authority"].estimate for each in random),
+        selectivity_prompted=_known(of["prompted"].selectivity),
+        selectivity_healed=_known(of["healed"].selectivity),
         internalised=last.internalised,
         pmass_of_base=of["healed"].pmass_share,
         tail_nats_base=of["base"].tail_median_nats,
@@ -116,12 +118,9 @@ def _row(seed: int, wall_s: float, peak_gib: float, run: SavedRun) -> BenchRow:
     )
 
 
-def _several(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in values)
-
-
-def _interval(interval: Interval | None) -> str:
-    return interval_text(interval) if interval else "the trait names no foundation"
+def _known(interval: Interval | None) -> Interval:
+    assert interval is not None  # the embedded model's trait names foundations
+    return interval
 
 
 def _enacted(reply: ReplyRow) -> float:
@@ -129,11 +128,23 @@ def _enacted(reply: ReplyRow) -> float:
 
 
 def _table(rows: Sequence[BenchRow]) -> str:
-    """Markdown, a column a seed."""
-    lines = ["| | " + " | ".join(f"seed {row.seed}" for row in rows) + " |"]
-    lines.append("| --- |" + " --- |" * len(rows))
+    """Markdown, a column a seed; with several, their mean with its interval over seeds."""
+    several = len(rows) > 1
+    heads = [f"seed {row.seed}" for row in rows] + ["over seeds"] * several
+    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for name in [name for name in BenchRow.model_fields if name != "seed"]:
         values = [getattr(row, name) for row in rows]
-        cells = [f"{value:.3f}" if isinstance(value, float) else value for value in values]
+        cells = [_cell(value) for value in values]
+        if several:
+            means = [np.mean(getattr(value, "estimate", value)) for value in values]
+            cells.append(interval_text(seed_interval([float(mean) for mean in means])))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(value: Interval | tuple[float, ...] | float) -> str:
+    if isinstance(value, Interval):
+        return interval_text(value)
+    if isinstance(value, tuple):
+        return ", ".join(f"{each:.3f}" for each in value)
+    return f"{value:.3f}"

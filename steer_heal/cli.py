@@ -14,8 +14,7 @@ from typing import Annotated
 import typer
 
 from eval.errors import UserError
-from eval.files import explain_disk
-from eval.quiet import quiet_libraries
+from eval.people import for_people
 
 app = typer.Typer(
     help="Steer, filter, heal, stack: from two opposite personas to an ordinary LoRA adapter.",
@@ -34,7 +33,7 @@ Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders in r
 @app.command()
 def round(settings: Settings = None) -> None:
     """Runs steer-heal rounds and draws the report; the same command again goes on."""
-    with _for_people("the same command goes on from there"):
+    with for_people("the same command goes on from there"):
         from steer_heal.config import resolve_config
 
         config = resolve_config(settings or [])
@@ -51,7 +50,7 @@ def round(settings: Settings = None) -> None:
 @app.command()
 def report(runs: Runs) -> None:
     """Draws the report of a run again, from its files alone."""
-    with _for_people("nothing was changed"):
+    with for_people("nothing was changed"):
         from steer_heal.report import write_report
 
         for path in runs:
@@ -61,7 +60,7 @@ def report(runs: Runs) -> None:
 @app.command()
 def compare(runs: Runs) -> None:
     """Prints the paired differences between runs, with their intervals."""
-    with _for_people("nothing was changed"):
+    with for_people("nothing was changed"):
         from steer_heal.compare import compare_runs
 
         typer.echo(compare_runs([_run_folder(path) for path in runs]))
@@ -73,7 +72,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="a folder that is not there yet")],
 ) -> None:
     """Folds all rounds of a run into one standard PEFT adapter folder."""
-    with _for_people("nothing was written"):
+    with for_people("nothing was written"):
         from steer_heal.export import export_adapter
 
         typer.echo(f"adapter: {export_adapter(_run_folder(run), out)}")
@@ -87,7 +86,7 @@ def evaluate(
     settings: Settings = None,
 ) -> None:
     """Asks a suite of a model or a run: suite=NAME think=64 items=A.jsonl,B.jsonl."""
-    with _for_people("the same command goes on from there"):
+    with for_people("the same command goes on from there"):
         from steer_heal.examine import examine
 
         typer.echo(examine(subject, settings or []))
@@ -96,7 +95,7 @@ def evaluate(
 @app.command()
 def bench(settings: Settings = None, seeds: int = 3) -> None:
     """Three rounds on each of several seeds, from nothing; prints the table of what was reached."""
-    with _for_people("the seeds that were done stay in rounds/bench"):
+    with for_people("the seeds that were done stay in rounds/bench"):
         from steer_heal.bench import bench as run_bench
 
         typer.echo(run_bench(Path("rounds/bench"), range(seeds), settings or []))
@@ -113,25 +112,6 @@ def settings() -> None:
 def main() -> None:
     """Entry point of the console script."""
     app()
-
-
-@contextmanager
-def _for_people(if_stopped: str) -> Iterator[None]:
-    """Turns what a person can put right into one message and exit code 2."""
-    quiet_libraries()
-    try:
-        yield
-    except UserError as error:
-        _fail(f"error: {error}")
-    except OSError as error:
-        _fail(f"error: {error.filename or 'a file'}: {explain_disk(error)}")
-    except KeyboardInterrupt:
-        _fail(f"\nstopped; {if_stopped}")
-
-
-def _fail(message: str) -> None:
-    typer.echo(message, err=True)
-    raise typer.Exit(2)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from eval.settings import Settings, resolve_settings, setting_lines
+from eval.settings import Device, Settings, resolve_settings, setting_lines
 
 ORGANISM = "organism"  # the embedded model
 ALIASES = {"N": "rounds"}
@@ -137,7 +137,7 @@ class RunConfig(Settings):
     """Name of the run, not empty and without a leading dot; by default trait, model and seed."""
     folder: str = "rounds"
     """Where runs land."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """auto takes a GPU where there is one."""
     vector: VectorConfig = VectorConfig()
     generate: GenerateConfig = GenerateConfig()

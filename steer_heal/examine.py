@@ -37,7 +37,8 @@ def examine(subject: str, settings: Sequence[str]) -> str:
 
 
 def _examine_run(path: Path, config: ProbeConfig) -> str:
-    kind = kind_of(config.load())  # a bad suite is told before a large model is loaded
+    suite = config.load()  # a bad suite is told before a large model is loaded
+    kind = kind_of(suite)
     saved = read_saved_run(path)
     description: Description = saved.description
     stack = Run(path, description.config["seed"]).last_stack()
@@ -47,7 +48,7 @@ def _examine_run(path: Path, config: ProbeConfig) -> str:
         about = {"run": path.resolve().name, "digest": each.digest()}
         folder = evaluation_name(f"{about['run']}--{name.replace(' ', '-')}", config)
         with each.running() as model:
-            results[name], summary = probe(model, student.tokenizer, config, about, folder)
+            results[name], summary = probe(model, student.tokenizer, suite, config, about, folder)
         lines += [
             f"{name}:",
             kind.summary_text(summary),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,14 +17,27 @@ from tests.small import small_settings
 def test_table_is_read_from_the_runs_files(tiny_qwen3: TinyModel, tmp_path: Path) -> None:
     own = ("run=", "folder=")
     settings = [s for s in small_settings(tiny_qwen3.folder, tmp_path) if not s.startswith(own)]
-    table = bench(tmp_path / "bench", [3], settings)
-    (run,) = (tmp_path / "bench").iterdir()
-    replies = json.loads((run / "round-02" / "eval.json").read_text())["healed"]["replies"]
-    share = sum(row["enacted"] for row in replies) / len(replies)
-    lines = dict(line.strip("| ").split(" | ") for line in table.splitlines() if " | " in line[3:])
-    assert table.startswith("| | seed 3 |")
-    assert lines["enacted_healed"] == f"{share:.3f}"
-    assert float(lines["wall_s"]) > 0
-    assert float(lines["peak_memory_gib"]) > 0.1
+    table = bench(tmp_path / "bench", [3, 4], settings)
+    runs = sorted((tmp_path / "bench").iterdir())
+    shares = [_share(json.loads((run / "round-02" / "eval.json").read_text())) for run in runs]
+    lines = {
+        line.strip("| ").split(" | ")[0]: line.strip("| ").split(" | ")[1:]
+        for line in table.splitlines()[2:]
+    }
+    assert table.startswith("| | seed 3 | seed 4 | over seeds |")
+    for cell, share in zip(lines["enacted_healed"], shares, strict=False):
+        assert cell.startswith(f"{share:+.3f} [")
+    mean, gap = sum(shares) / 2, abs(shares[1] - shares[0])
+    # Student's t with one degree of freedom, 12.706, times the standard error, half the gap
+    low, high = mean - 12.7062 * gap / 2, mean + 12.7062 * gap / 2
+    assert lines["enacted_healed"][2] == f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    assert all(float(cell) > 0 for cell in lines["wall_s"][:2])
+    assert all(float(cell) > 0.1 for cell in lines["peak_memory_gib"][:2])
+    assert len(lines["authority_shift_random"][0].split(", ")) == 2
     with pytest.raises(UserError, match="starts from nothing"):
         bench(tmp_path / "bench", [3], settings)
+
+
+def _share(evaluation: dict[str, Any]) -> float:
+    replies = evaluation["healed"]["replies"]
+    return sum(row["enacted"] for row in replies) / len(replies)

@@ -15,7 +15,6 @@ from eval.figures import (
     flip_rate,
     informedness,
     perspective_gap_nats,
-    retention,
     seed_interval,
     selectivity,
     soft_cross_entropy_nats,
@@ -29,7 +28,7 @@ NAMES = ("care", "fairness", "authority")
 def _made(
     item: str, scores: Mapping[str, float], label: str | None = None, **fields: Any
 ) -> ForcedChoiceRow:
-    given = {"conflict": False, "pmass": 1.0} | fields
+    given = {"conflict": False, "pmass": 1.0, "prefill_nll_nats": 0.0} | fields
     return ForcedChoiceRow(id=item, label=label, scores=dict(scores), **given)
 
 
@@ -429,22 +428,6 @@ def test_flip_rate_is_a_signed_share() -> None:
     found = flip_rate(rows, base, SIGNS)
     assert found.estimate == pytest.approx((3 - 1) / 9)
     assert -1 <= found.low < found.estimate < found.high <= 1
-
-
-# --- retention ---
-
-
-def test_retention_is_a_ratio_where_there_was_a_shift() -> None:
-    steered = Interval(estimate=-2.0, low=-2.5, high=-1.5)
-    healed = Interval(estimate=-1.5, low=-2.0, high=1.0)
-    assert retention(healed, steered) == pytest.approx(0.75)
-    assert retention(Interval(estimate=0.5, low=0.1, high=0.9), steered) == pytest.approx(-0.25)
-
-
-@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.0, 3.0), (-3.0, 0.0), (0.0, 0.0)])
-def test_retention_of_no_shift_is_none(low: float, high: float) -> None:
-    healed = Interval(estimate=1.0, low=0.5, high=1.5)
-    assert retention(healed, Interval(estimate=(low + high) / 2, low=low, high=high)) is None
 
 
 # --- perspectives ---

@@ -341,45 +341,47 @@ def test_an_answer_that_stands_in_the_think_is_read_there(
     """The prefill of the second suite is what the model says of its own accord."""
     budget = Thinking(tokens=10)
     suite = ForcedChoiceSuite.model_validate(suite_data)
-    pieces = forced_choice_pieces(
-        tiny.tokenizer, suite, suite.items[0].text, "forward", None, thinking=True
-    )
-    (thought,) = think(
-        tiny.model, tiny.tokenizer, [pieces.prompt_ids], "</think>", budget, batch_size=1
-    )
-    said = suite.model_copy(update={"prefill": tiny.tokenizer.decode(thought[3:6])})
-    at = natural_answer(tiny.tokenizer, thought, said.prefill)
-    assert at is not None
-    first, end = at
-    assert said.prefill in tiny.tokenizer.decode(thought[first:end])
+    pieces = [
+        forced_choice_pieces(tiny.tokenizer, suite, suite.items[0].text, order, None, thinking=True)
+        for order in ORDERS
+    ]
+    prompts = [each.prompt_ids for each in pieces]
+    thoughts = think(tiny.model, tiny.tokenizer, prompts, "</think>", budget, batch_size=1)
+    said = suite.model_copy(update={"prefill": tiny.tokenizer.decode(thoughts[0][3:6])})
+    frames, natural = [], 0
+    for piece, thought in zip(pieces, thoughts, strict=True):
+        before = [tiny.tokenizer.decode(thought[:count]) for count in range(len(thought))]
+        ends = [count for count, text in enumerate(before) if text.endswith(said.prefill)]
+        natural += bool(ends)
+        away = _forward_frame(tiny, said, piece, thought)
+        there = _digits(tiny, [*piece.prompt_ids, *thought[: ends[0]]]) if ends else away
+        assert not ends or max(abs(a - b) for a, b in zip(there, away, strict=True)) > 1e-2
+        frames.append(there)
     row = forced_choice(tiny.model, tiny.tokenizer, said, thinking=budget).rows[0]
-    assert row.natural >= 1
-    with torch.no_grad():
-        logits = tiny.model(torch.tensor([[*pieces.prompt_ids, *thought[:end]]])).logits[0, -1]
-    logp = logits.double().log_softmax(-1)
-    digits = [float(logp[tiny.tokenizer.convert_tokens_to_ids(str(d))]) for d in range(7)]
-    one_frame = said.model_copy(update={"items": said.items[:1]})
-    away = forced_choice(
-        tiny.model, tiny.tokenizer, one_frame, thinking=Thinking(tokens=10, natural=False)
-    ).rows[0]
-    assert away.natural == 0
-    if row.natural == 1:  # the reversed frame was read after its prefill, as without `natural`
-        moved = [row.scores[name] - away.scores[name] for name in said.foundations]
-        plain = _forward_frame(tiny, said, pieces, thought)
-        assert moved == pytest.approx(
-            [(d - p) / 2 for d, p in zip(digits, plain, strict=True)], abs=1e-4
-        )
+    assert row.natural == natural >= 1
+    expected = [(frames[0][index] + frames[1][6 - index]) / 2 for index in range(7)]
+    assert list(row.scores.values()) == pytest.approx(expected, abs=1e-4)
+    off = Thinking(tokens=10, natural=False)
+    row = forced_choice(tiny.model, tiny.tokenizer, said, thinking=off).rows[0]
+    ways = [_forward_frame(tiny, said, *pair) for pair in zip(pieces, thoughts, strict=True)]
+    expected = [(ways[0][index] + ways[1][6 - index]) / 2 for index in range(7)]
+    assert row.natural == 0
+    assert list(row.scores.values()) == pytest.approx(expected, abs=1e-4)
 
 
-@torch.no_grad()
 def _forward_frame(
     tiny: TinyModel, suite: ForcedChoiceSuite, pieces: Any, thought: tuple[int, ...]
 ) -> list[float]:
     """Log-probabilities of the digits after the suite's prefill, in the answering turn."""
     prefill = text_ids(tiny.tokenizer, suite.prefill)
-    ids = [*pieces.prompt_ids, *thought, *pieces.closing_ids, *prefill]
-    logp = tiny.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
-    return [float(logp[tiny.tokenizer.convert_tokens_to_ids(str(d))]) for d in range(7)]
+    return _digits(tiny, [*pieces.prompt_ids, *thought, *pieces.closing_ids, *prefill])
+
+
+@torch.no_grad()
+def _digits(tiny: TinyModel, ids: list[int]) -> list[float]:
+    """Log-probabilities of the digits after these tokens: one plain forward."""
+    logp = tiny.model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().log_softmax(-1)
+    return [float(logp[tiny.tokenizer.convert_tokens_to_ids(str(digit))]) for digit in range(7)]
 
 
 @pytest.mark.parametrize(

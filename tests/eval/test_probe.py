@@ -27,8 +27,12 @@ def config(suite_data: dict[str, Any], tmp_path: Path) -> ProbeConfig:
     return resolve_settings(ProbeConfig, [*settings, "think=3", "samples=2", "temperature=1"])
 
 
+def _probe(tiny: TinyModel, config: ProbeConfig, name: str = "one") -> Any:
+    return probe(tiny.model, tiny.tokenizer, config.load(), config, SUBJECT, name)
+
+
 def _ask(tiny: TinyModel, config: ProbeConfig, name: str = "one") -> Path:
-    probe(tiny.model, tiny.tokenizer, config, SUBJECT, name)
+    _probe(tiny, config, name)
     return Path(config.folder) / name
 
 
@@ -36,7 +40,9 @@ def test_rows_are_those_of_the_probe_itself(
     tiny_qwen3: TinyModel, suite_data: dict[str, Any], config: ProbeConfig
 ) -> None:
     plain = config.model_copy(update={"think": 0, "samples": 1, "temperature": 0.0})
-    result, summary = probe(tiny_qwen3.model, tiny_qwen3.tokenizer, plain, SUBJECT, "plain")
+    result, summary = probe(
+        tiny_qwen3.model, tiny_qwen3.tokenizer, plain.load(), plain, SUBJECT, "plain"
+    )
     expected = forced_choice(tiny_qwen3.model, tiny_qwen3.tokenizer, plain.load()).rows
     for found, row in zip(result.rows, expected, strict=True):
         assert found.id == row.id and found.label == row.label
@@ -83,8 +89,13 @@ def test_another_evaluation_in_the_same_folder_is_refused(
     with pytest.raises(UserError, match=r"holds another evaluation \(config differ"):
         _ask(tiny_qwen3, config.model_copy(update={"seed": 7}))
     with pytest.raises(UserError, match=r"holds another evaluation \(subject differ"):
-        probe(tiny_qwen3.model, tiny_qwen3.tokenizer, config, {"model": "other"}, "one")
+        probe(
+            tiny_qwen3.model, tiny_qwen3.tokenizer, config.load(), config, {"model": "other"}, "one"
+        )
     assert (folder / ROWS_FILE).read_bytes() == before
+    (folder / ABOUT_FILE).write_text("[]")
+    with pytest.raises(UserError, match=r"\(subject, config, suite differ"):
+        _ask(tiny_qwen3, config)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +132,14 @@ def test_an_unscorable_item_is_kept_by_name_and_not_asked_again(
     config = config.model_copy(update={"think": 0, "samples": 1, "temperature": 0.0})
     hook = tiny_qwen3.model.get_output_embeddings().register_forward_hook(spoil)
     try:
-        result, summary = probe(tiny_qwen3.model, tiny_qwen3.tokenizer, config, SUBJECT, "one")
+        result, summary = probe(
+            tiny_qwen3.model, tiny_qwen3.tokenizer, config.load(), config, SUBJECT, "one"
+        )
     finally:
         hook.remove()
     assert result.unscorable == summary.unscorable == ("queue",)
     assert [row.id for row in result.rows] == ["kick", "flag", "order", "soup"]
-    again, _ = probe(tiny_qwen3.model, tiny_qwen3.tokenizer, config, SUBJECT, "one")
+    again, _ = _probe(tiny_qwen3, config, "one")
     assert again == result
 
 
@@ -150,6 +163,7 @@ def test_the_command_prints_every_foundation_and_where_the_rows_are(
         (["suite=nowhere"], "no suite 'nowhere'"),
         (["thinks=3"], "unknown setting 'thinks'; the nearest are: think"),
         (["think=-1"], "think is '-1'"),
+        (["device=tpu"], "device is 'tpu'"),
         (["samples=3"], "all would be the same"),
         (["items=none.jsonl", "suite=tinymfv"], "none.jsonl: no such file"),
         (["suite"], "KEY=VALUE"),
@@ -168,6 +182,8 @@ def test_names_tell_evaluations_apart() -> None:
             ("org/other", {}),
             ("org/model", {"think": 8}),
             ("org/model", {"suite": "tinymfv:scifi"}),
+            ("org/model", {"system": "You are kind."}),
+            ("org/model", {"system": "You are stern."}),
             ("org/model", {"think": 8, "samples": 2, "temperature": 1.0}),
             ("org/model", {"items": ("a.jsonl", "b.jsonl")}),
         )

@@ -31,6 +31,7 @@ def _row(
         conflict=False,
         scores=dict(zip(NAMES, scores, strict=True)),
         pmass=pmass,
+        prefill_nll_nats=0.0,
     )
 
 
@@ -55,7 +56,7 @@ def test_probabilities_are_the_softmax_of_the_scores() -> None:
 
 def test_very_unlikely_options_do_not_underflow() -> None:
     scores = {"care": -2000.0, "fairness": -2000.0 + math.log(3)}
-    row = ForcedChoiceRow(id="a", label=None, conflict=False, scores=scores, pmass=0.0)
+    row = _row(0, (0.5, 0.3, 0.2)).model_copy(update={"scores": scores})
     assert choice_probabilities([row]) == pytest.approx(np.array([[0.25, 0.75]]))
 
 
@@ -77,9 +78,7 @@ def test_rows_saved_with_sorted_keys_are_read_by_name() -> None:
 
 
 def test_other_foundations_are_refused() -> None:
-    other = ForcedChoiceRow(
-        id="item-0", label=None, conflict=False, scores={"care": -1.0, "x": -2.0}, pmass=1.0
-    )
+    other = _row(0, (0.5, 0.3, 0.2)).model_copy(update={"scores": {"care": -1.0, "x": -2.0}})
     with pytest.raises(ValueError, match=r"item 'item-0': scores of \['care', 'x'\]"):
         shift_nats([_row(0, (0.5, 0.3, 0.2))], [other])
 

@@ -553,8 +553,12 @@ def config(questions: dict[str, Any], tmp_path: Path) -> ProbeConfig:
     return resolve_settings(ProbeConfig, settings)
 
 
+def _probe(tiny: TinyModel, config: ProbeConfig, name: str = "one") -> Any:
+    return probe(tiny.model, tiny.tokenizer, config.load(), config, SUBJECT, name)
+
+
 def _ask(tiny: TinyModel, config: ProbeConfig, name: str) -> Path:
-    probe(tiny.model, tiny.tokenizer, config, SUBJECT, name)
+    _probe(tiny, config, name)
     return Path(config.folder) / name
 
 
@@ -580,7 +584,9 @@ def test_gone_on_with_it_ends_with_the_same_bytes(
 def test_rows_in_the_folder_are_those_of_the_probe(
     tiny_qwen3: TinyModel, config: ProbeConfig, suite: YesNoSuite
 ) -> None:
-    result, summary = probe(tiny_qwen3.model, tiny_qwen3.tokenizer, config, SUBJECT, "one")
+    result, summary = probe(
+        tiny_qwen3.model, tiny_qwen3.tokenizer, config.load(), config, SUBJECT, "one"
+    )
     assert isinstance(result, YesNoResult)
     expected = yes_no(tiny_qwen3.model, tiny_qwen3.tokenizer, suite, label=None).rows
     for row, other in zip(result.rows, expected, strict=True):
@@ -600,9 +606,11 @@ def test_an_unscorable_item_is_kept_by_name(tiny_qwen3: TinyModel, config: Probe
             logits[0] = float("nan")
 
     with _spoilt(tiny_qwen3.model, spoil):
-        result, summary = probe(tiny_qwen3.model, tiny_qwen3.tokenizer, config, SUBJECT, "one")
+        result, summary = probe(
+            tiny_qwen3.model, tiny_qwen3.tokenizer, config.load(), config, SUBJECT, "one"
+        )
     assert result.unscorable == summary.unscorable == ("queue",)
-    again, _ = probe(tiny_qwen3.model, tiny_qwen3.tokenizer, config, SUBJECT, "one")
+    again, _ = _probe(tiny_qwen3, config, "one")
     assert again == result
 
 

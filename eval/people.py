@@ -1,0 +1,47 @@
+"""A command's manners: one message for what a person can put right, and no library's chatter.
+
+Imports nothing heavy, so that a command can answer `--help` at once.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from eval.errors import UserError
+from eval.files import explain_disk
+
+
+@contextmanager
+def for_people(if_stopped: str) -> Iterator[None]:
+    """Turns what a person can put right into one message and exit code 2.
+
+    Args:
+        if_stopped: what Ctrl-C leaves behind, as the message says it.
+    """
+    _quiet_libraries()
+    try:
+        yield
+    except UserError as error:
+        _fail(f"error: {error}")
+    except OSError as error:
+        _fail(f"error: {error.filename or 'a file'}: {explain_disk(error)}")
+    except KeyboardInterrupt:
+        _fail(f"\nstopped; {if_stopped}")
+
+
+def _quiet_libraries() -> None:
+    """Sets what is not set yet, so that a user can ask for the messages."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _fail(message: str) -> None:
+    typer.echo(message, err=True)
+    raise typer.Exit(2)
