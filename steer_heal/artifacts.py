@@ -210,6 +210,7 @@ class TrainStep(_Record):
     step: int
     loss: float
     nll_nats: float  # mean over completion tokens
+    soft_nats: float  # mean over completion tokens of KL(steered teacher || student); 0: not asked
     kl_nats: float  # mean over rows of the row's aggregate divergence from the reference
     barrier_nats: float  # mean over rows of what exceeds the threshold
     share_over: float  # share of rows over the threshold, 0 to 1

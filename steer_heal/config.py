@@ -41,6 +41,8 @@ class GenerateConfig(Settings):
 
     doses: tuple[float, ...] = Field((0.25, 0.35, 0.5), min_length=1)
     """Multiples of the raw vector; the drafts are split evenly over them."""
+    walk_down: float = Field(1.0, ge=0)
+    """Every dose is lowered by this times what the stack adds of the vector by itself, to 0."""
     num_drafts: int = Field(384, ge=1)
     """Completions sampled a round."""
     max_new_tokens: int = Field(96, ge=1)
@@ -89,6 +91,8 @@ class HealConfig(Settings):
     """Gradients are clipped to this L2 norm."""
     nll_weight: float = Field(1.0, ge=0)
     """Weight of the negative log-likelihood of the kept completions."""
+    soft_weight: float = Field(0.0, ge=0)
+    """Weight of KL(steered teacher || student) on them, at the dose each was sampled with."""
     barrier_weight: float = Field(0.3, ge=0)
     """Weight of the divergence barrier; 0 switches it off."""
     barrier_threshold_nats: float = Field(0.5, ge=0)

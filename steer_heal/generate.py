@@ -2,9 +2,19 @@
 
     h_l <- h_l + dose * v[l]   for l in the band, at every position of prompt and completion
 
-A dose a row, all doses in one batch. No repetition penalty, top-k or nucleus: they would hide from
-the filter what it must see. Beside each completion stands what the steering did to it: the 95th
-percentile over its tokens of KL(steered || student), in nats.
+A dose a row, all doses in one batch. As the stack grows the doses are walked down by what it adds
+of the vector by itself, so that their sum stays where the first round's was:
+
+    dose <- max(0, dose - walk_down * max(0, carried))
+    carried = mean over the band of <h_l(student) - h_l(base), v[l]> / |v[l]|^2
+
+h_l: mean output of layer l at the last prompt token of the trait's prompts. Without it a round
+steers on top of what the last one taught, and the replies break before the trait is carried
+elsewhere.
+
+No repetition penalty, top-k or nucleus: they would hide from the filter what it must see. Beside
+each completion stands what the steering did to it: the 95th percentile over its tokens of
+KL(steered || student), in nats.
 """
 
 from __future__ import annotations
@@ -13,6 +23,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from loguru import logger
 
 from eval.chat import chat_ids
 from eval.sampling import sample_replies
@@ -21,7 +32,7 @@ from steer_heal.config import GenerateConfig
 from steer_heal.hooks import add_vector
 from steer_heal.losses import aggregate
 from steer_heal.model import Student
-from steer_heal.scoring import steered_kl_nats
+from steer_heal.scoring import last_states, steered_kl_nats
 from steer_heal.trait import Trait
 
 
@@ -29,9 +40,10 @@ def generate_steered(
     student: Student, vector: SteeringVector, trait: Trait, config: GenerateConfig, seed: int
 ) -> Completions:
     """Samples `config.num_drafts` completions, prompts and doses in turn."""
-    doses = [config.doses[draft % len(config.doses)] for draft in range(config.num_drafts)]
-    chosen = [(draft // len(config.doses)) % len(trait.prompts) for draft in range(len(doses))]
     encoded = [chat_ids(student.tokenizer, prompt) for prompt in trait.prompts]
+    walked = _walked_down(student, vector, encoded, config)
+    doses = [walked[draft % len(walked)] for draft in range(config.num_drafts)]
+    chosen = [(draft // len(walked)) % len(trait.prompts) for draft in range(len(doses))]
     prompts = [encoded[index] for index in chosen]
     with student.running() as model:
         replies = sample_replies(
@@ -71,6 +83,31 @@ def generate_steered(
             for draft, index in enumerate(chosen)
         )
     )
+
+
+def _walked_down(
+    student: Student,
+    vector: SteeringVector,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+) -> tuple[float, ...]:
+    """The doses of this round."""
+    if not student.adapters or config.walk_down == 0:
+        return config.doses
+    after, before = (
+        last_states(one, prompts, config.batch_size, "doses").mean(0)
+        for one in (student, student.base)
+    )
+    shift, band = (
+        (after - before)[list(vector.band)],
+        vector.band_directions,
+    )  # [band layers, hidden]
+    carried = float(((shift * band).sum(-1) / band.square().sum(-1)).mean())
+    step = config.walk_down * max(0.0, carried)
+    doses = tuple(max(0.0, dose - step) for dose in config.doses)
+    listed = ", ".join(f"{dose:.2f}" for dose in doses)
+    logger.info("the stack adds {:.2f} of the vector by itself; doses: {}", carried, listed)
+    return doses
 
 
 def _steered(

@@ -1,18 +1,18 @@
 """Heal: a fresh LoRA trained on the kept completions, with a barrier on the divergence.
 
-    loss = nll_weight * nll + barrier_weight * mean_rows relu(D - threshold)
+    loss = nll_weight * nll + soft_weight * soft + barrier_weight * mean_rows relu(D - threshold)
 
-nll: mean over completion tokens. D: a row's aggregate over its completion tokens of the
-full-vocabulary KL between student and reference. The reference is the student before this round or
-the untouched base, through the same modules with other adapters acting: no second model. So the
-incoherence that came with the steering is punished and the trait is not. Logits are computed at
-completion positions only. Reverse KL to the previous student lets the trait accumulate over rounds;
-to the base it opposes what earlier rounds learnt.
+nll: mean over completion tokens. soft: mean over completion tokens of KL(teacher || student), the
+teacher being the student before this round, steered at the dose its completion was sampled with.
+D: a row's aggregate over its completion tokens of the full-vocabulary KL between student and
+reference, which is the student before this round or the untouched base, through the same modules
+with other adapters acting: no second model. So the incoherence that came with the steering is
+punished and the trait is not. Reverse KL to the previous student lets the trait accumulate over
+rounds; to the base it opposes what earlier rounds learnt.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -20,19 +20,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from loguru import logger
 from torch import nn
-from tqdm import tqdm
-from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from eval.errors import UserError
-from steer_heal.artifacts import RoundAdapter, Screened, TrainStep
+from steer_heal.artifacts import RoundAdapter, Screened, SteeringVector, TrainStep
 from steer_heal.config import HealConfig
-from steer_heal.losses import barrier, row_divergence, token_kl
 from steer_heal.model import Student
 from steer_heal.stack import (
     adapter_weights,
@@ -43,6 +39,7 @@ from steer_heal.stack import (
     trainable,
     weights_digest,
 )
+from steer_heal.trainer import DoseCollator, HealTrainer, StepLog, Teacher
 
 
 @contextmanager
@@ -61,7 +58,12 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def heal(
-    student: Student, kept: Screened, config: HealConfig, name: str, seed: int
+    student: Student,
+    kept: Screened,
+    vector: SteeringVector,
+    config: HealConfig,
+    name: str,
+    seed: int,
 ) -> RoundAdapter:
     """Trains the adapter `name` on top of the student, which is left as it was.
 
@@ -77,7 +79,7 @@ def heal(
     try:
         history = weights_digest(loaded.model, student.names)
         with trainable(loaded.model, name), only(loaded.model, [*student.names, name]):
-            steps = _train(student, kept, config, name, seed)
+            steps = _train(student, kept, vector, config, name, seed)
         if weights_digest(loaded.model, student.names) != history:
             raise AssertionError("training a round changed an adapter of an earlier round")
         weights = adapter_weights(loaded.model, name)
@@ -90,131 +92,31 @@ def heal(
     )
 
 
-class HealTrainer(SFTTrainer):
-    """TRL's SFT trainer with the barrier; only the parameters that require grad are trained."""
-
-    loss_is_scaled_for_ga: Any = (
-        True  # `num_items_in_batch` already spans the accumulated micro-batches
-    )
-
-    def __init__(self, *args: Any, heal: HealConfig, reference: list[str], **kwargs: Any) -> None:
-        self.heal = heal
-        self.reference = reference  # adapters that act in the reference
-        self.records: list[dict[str, float]] = []  # one a micro-batch
-        super().__init__(*args, **kwargs)
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Legend: N completion tokens of the batch, V vocabulary, R rows."""
-        labels = inputs["labels"][:, 1:]
-        mask = labels != -100  # [R, tokens - 1]
-        inner = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast():
-            student = self._logits(model, inputs, mask)  # [N, V]
-            with torch.no_grad(), only(inner, self.reference):
-                reference = self._logits(model, inputs, mask)  # [N, V]
-        tokens = num_items_in_batch if num_items_in_batch is not None else mask.sum()
-        nll = F.cross_entropy(student, labels[mask], reduction="sum") / tokens
-        kl = token_kl(student, reference, self.heal.barrier_direction)  # [N]
-        divergence = row_divergence(kl, mask.sum(1).tolist(), self.heal.barrier_aggregate)  # [R]
-        over = barrier(divergence, self.heal.barrier_threshold_nats)
-        loss = self.heal.nll_weight * nll + self.heal.barrier_weight * over
-        self._record(loss, nll, divergence, over)
-        return (loss, None) if return_outputs else loss
-
-    def _logits(
-        self, model: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor
-    ) -> torch.Tensor:
-        """fp32 logits at the positions that predict a completion token: [N, V]."""
-        out = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
-            output_hidden_states=[-1],  # after the final norm
-            logits_to_keep=1,
-        )
-        inner = self.accelerator.unwrap_model(self.model).get_base_model()
-        return project(inner, out.hidden_states[-1][:, :-1][mask]).float()
-
-    def _record(
-        self, loss: torch.Tensor, nll: torch.Tensor, divergence: torch.Tensor, over: torch.Tensor
-    ) -> None:
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise UserError(
-                f"the heal loss is {value} at step {self.state.global_step}: try a smaller "
-                "heal.learning_rate"
-            )
-        threshold = self.heal.barrier_threshold_nats
-        self.records.append(
-            {
-                "loss": value,
-                "nll_nats": float(nll.detach()),
-                "kl_nats": float(divergence.detach().mean()),
-                "barrier_nats": float(over.detach()),
-                "share_over": float((divergence.detach() > threshold).float().mean()),
-            }
-        )
-
-
-class _StepLog(TrainerCallback):
-    """Keeps the gradient norm and the learning rate of every optimizer step; draws the bar."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-        self.bar = tqdm(desc="heal", unit="step", leave=False)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.reset(total=state.max_steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "grad_norm" in logs:
-            self.rows.append({key: float(logs[key]) for key in ("grad_norm", "learning_rate")})
-
-
-def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits from hidden states after the final norm, with the family's own scale and soft cap."""
-    config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)
-    scales = (getattr(config, key, None) for key in _SCALES)
-    scale = next((value for value in scales if value is not None), None)
-    if scale is None and getattr(config, "logits_scaling", None) is not None:
-        inverse = config.model_type != "hyperclovax"  # Granite and MiniCPM3 divide by it
-        scale = 1 / config.logits_scaling if inverse else config.logits_scaling
-    if scale is not None:
-        logits = logits * scale
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-
-
 def _train(
-    student: Student, kept: Screened, config: HealConfig, name: str, seed: int
+    student: Student,
+    kept: Screened,
+    vector: SteeringVector,
+    config: HealConfig,
+    name: str,
+    seed: int,
 ) -> tuple[TrainStep, ...]:
-    model, log = student.loaded.model, _StepLog()
-    reference = student.names if config.barrier_reference == "previous" else []
+    model, log = student.loaded.model, StepLog()
+    teacher = Teacher(
+        adapters=student.names,
+        layers=[student.loaded.layers[index] for index in vector.band],
+        directions=vector.band_directions,
+    )
     with tempfile.TemporaryDirectory() as scratch, _put_back(model):
         trainer = HealTrainer(
             model=model,
             args=_arguments(config, model, scratch, seed),
             train_dataset=_dataset(kept),
             processing_class=student.tokenizer,
+            data_collator=DoseCollator(student.tokenizer.pad_token_id),
             callbacks=[log],
             heal=config,
-            reference=reference,
+            reference=student.names if config.barrier_reference == "previous" else [],
+            teacher=teacher,
         )
         trainer.remove_callback(PrinterCallback)
         trained = {key for key, p in model.named_parameters() if p.requires_grad}
@@ -242,6 +144,7 @@ def _arguments(config: HealConfig, model: Any, scratch: str, seed: int) -> SFTCo
         weight_decay=0.0,
         max_grad_norm=config.max_grad_norm,
         max_length=None,
+        remove_unused_columns=False,  # a row's dose travels with it
         bf16=model.device.type == "cuda",
         gradient_checkpointing=model.device.type == "cuda",
         use_cpu=model.device.type == "cpu",
@@ -262,6 +165,7 @@ def _dataset(kept: Screened) -> Dataset:
             {
                 "input_ids": [*row.prompt_ids, *row.token_ids],
                 "labels": [-100] * len(row.prompt_ids) + list(row.token_ids),
+                "dose": row.dose,
             }
             for row in kept.kept
         ]

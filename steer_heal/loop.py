@@ -53,7 +53,7 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         if round.index == 0:
             run.once(Controls, evaluate_controls, student, vector, kept, trait, evaluate, seed)
         adapter = round.once(
-            RoundAdapter, heal, student, kept, config.heal, round.adapter_name, s("heal")
+            RoundAdapter, heal, student, kept, vector, config.heal, round.adapter_name, s("heal")
         )
         healed = student.grown(adapter)
         round.once(RoundEval, evaluate_round, student, healed, vector, kept, trait, evaluate, seed)

@@ -154,7 +154,7 @@ class Round(Stages):
     """One round's folder."""
 
     def __init__(self, path: Path, index: int, seed: int) -> None:
-        super().__init__(path, f"round {index}", (seed, index))
+        super().__init__(path, f"round {index + 1} ({path.name})", (seed, index))
         self.index = index
 
     @property

@@ -243,7 +243,7 @@ def test_report_of_a_run_without_a_finished_round_is_refused(
     settings: list[str], tmp_path: Path
 ) -> None:
     begun = Command(tmp_path, "round", *settings)
-    begun.wait_for("round 0: vector")
+    begun.wait_for("round 1 (round-00): vector")
     begun.kill()
     before = tree(tmp_path)
     message = refusal(command(tmp_path, "report", "small"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from tests.conftest import TinyModel
 from tests.small import small_trait
 from tests.test_stack import random_adapter
 
-CONFIG = GenerateConfig(doses=(0.0, 0.3, 1.0), num_drafts=24, max_new_tokens=16, batch_size=8)
+CONFIG = GenerateConfig(
+    doses=(0.0, 0.3, 1.0), walk_down=0, num_drafts=24, max_new_tokens=16, batch_size=8
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,8 @@ def test_a_dose_changes_what_is_said(tiny_qwen3: TinyModel, trait: Trait) -> Non
     said = [
         [row.token_ids for row in generate_steered(student, vector, trait, config, seed=9).rows]
         for config in (
-            GenerateConfig(doses=(dose,), num_drafts=8, max_new_tokens=16) for dose in (0.0, 1.0)
+            GenerateConfig(doses=(dose,), walk_down=0, num_drafts=8, max_new_tokens=16)
+            for dose in (0.0, 1.0)
         )
     ]
     assert sum(one != two for one, two in zip(*said, strict=True)) >= 6
@@ -149,3 +153,47 @@ def test_nothing_stays_hooked(tiny_qwen3: TinyModel, trait: Trait) -> None:
     before = [len(layer._forward_hooks) for layer in student.loaded.layers]
     generate_steered(student, vector, trait, CONFIG, seed=2)
     assert [len(layer._forward_hooks) for layer in student.loaded.layers] == before
+
+
+# -------------------------------------------------------------------------------------- walk down
+
+
+@torch.no_grad()
+def mean_state(student: Student, prompts: list[list[int]], layer: int) -> torch.Tensor:
+    """Mean output of a layer at the last token, a prompt at a time, by a hook of the test's own."""
+    states: list[torch.Tensor] = []
+    handle = student.loaded.layers[layer].register_forward_hook(
+        lambda module, args, out: states.append((out[0] if isinstance(out, tuple) else out)[0, -1])
+    )
+    with student.running() as model:
+        for prompt in prompts:
+            model(input_ids=torch.tensor([prompt]))
+    handle.remove()
+    return torch.stack(states).double().mean(0)
+
+
+def test_doses_are_walked_down_by_what_the_stack_adds_of_the_vector(
+    tiny: TinyModel, trait: Trait
+) -> None:
+    student, vector = steered(tiny, trait)
+    prompts = [chat_ids(student.tokenizer, prompt) for prompt in trait.prompts]
+    shares = []
+    for layer in vector.band:
+        shift = mean_state(student, prompts, layer) - mean_state(student.base, prompts, layer)
+        direction = vector.directions[layer].double()
+        shares.append(float(shift @ direction / (direction @ direction)))
+    carried = sum(shares) / len(shares)
+    along = replace(vector, directions=vector.directions if carried > 0 else -vector.directions)
+    against = replace(vector, directions=-along.directions)
+    config = CONFIG.model_copy(update={"doses": (0.2, 0.7, 1.5), "walk_down": 0.5 / abs(carried)})
+    rows = generate_steered(student, along, trait, config, seed=5).rows
+    assert sorted({row.dose for row in rows}) == pytest.approx([0.0, 0.2, 1.0], abs=1e-4)
+    rows = generate_steered(student, against, trait, config, seed=5).rows
+    assert {row.dose for row in rows} == {0.2, 0.7, 1.5}  # never up
+
+
+def test_a_first_round_takes_its_doses_as_they_are(tiny_qwen3: TinyModel, trait: Trait) -> None:
+    student, vector = steered(tiny_qwen3, trait)
+    config = CONFIG.model_copy(update={"walk_down": 3.0})
+    rows = generate_steered(student.base, vector, trait, config, seed=5).rows
+    assert {row.dose for row in rows} == set(CONFIG.doses)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from eval.chat import chat_ids
 from eval.coherence import Surprisal, TextFigures
 from eval.errors import UserError
-from steer_heal.artifacts import RoundAdapter, Screened, ScreenedCompletion
+from steer_heal.artifacts import RoundAdapter, Screened, ScreenedCompletion, SteeringVector
 from steer_heal.config import HealConfig
 from steer_heal.heal import heal
 from steer_heal.losses import Aggregate, Direction
@@ -40,6 +41,7 @@ SMALL: dict[str, Any] = {
     "learning_rate": 5e-3,
     "warmup_ratio": 0.0,
 }
+DOSES = (0.5, 1.0, 0.25)
 
 
 def config(**changes: Any) -> HealConfig:
@@ -63,7 +65,7 @@ def kept(student: Student, rows: int = 8) -> Screened:
                 prompt_ids=tuple(chat_ids(tokenizer, f"What now, {index}?")),
                 token_ids=(*ids, tokenizer.eos_token_id) if finished else tuple(ids),
                 text="",
-                dose=0.5,
+                dose=DOSES[index % len(DOSES)],
                 seed=0,
                 finished=finished,
                 kl_p95_nats=0.0,
@@ -76,6 +78,24 @@ def kept(student: Student, rows: int = 8) -> Screened:
             )
         )
     return Screened(rows=tuple(built), curve=())
+
+
+def vector(student: Student) -> SteeringVector:
+    """A direction in the first layer's output, large enough to change what is said next."""
+    layers = len(student.loaded.layers)
+    generator = torch.Generator().manual_seed(11)
+    directions = 2 * torch.randn(layers, 32, generator=generator)
+    figures = (1.0,) * layers
+    return SteeringVector(
+        directions=directions,
+        band=(0,),
+        norms=figures,
+        residual_norms=figures,
+        auc=figures,
+        pairwise_cosine=figures,
+        num_pairs=8,
+        weights_hash="",
+    )
 
 
 def loaded(tiny: TinyModel, history: int = 0) -> Student:
@@ -158,7 +178,8 @@ def test_the_student_is_left_as_it_was(tiny: TinyModel, history: int) -> None:
     student = loaded(tiny, history)
     before = state(student.loaded.model)
     kind = type(student.loaded.model)
-    adapter = heal(student, kept(student), config(barrier_threshold_nats=0), "r07", seed=0)
+    settings = config(barrier_threshold_nats=0, soft_weight=1)
+    adapter = heal(student, kept(student), vector(student), settings, "r07", seed=0)
     assert type(student.loaded.model) is kind
     assert_same_state(before, state(student.loaded.model))
     assert {tuple(value.shape) for value in adapter.weights.values()}
@@ -172,7 +193,7 @@ def test_the_student_is_left_as_it_was_when_the_loss_is_not_finite(
     student = loaded(tiny_gemma3, history)
     before = state(student.loaded.model)
     with pytest.raises(UserError, match=r"heal loss is (nan|inf) at step \d.*learning_rate"):
-        heal(student, kept(student), config(learning_rate=1e30), "r07", seed=0)
+        heal(student, kept(student), vector(student), config(learning_rate=1e30), "r07", seed=0)
     assert_same_state(before, state(student.loaded.model))
 
 
@@ -180,7 +201,9 @@ def test_the_adapter_moved_and_makes_the_completions_likelier(tiny: TinyModel) -
     student = loaded(tiny, 1)
     rows = kept(student)
     before = mean_nll(student, rows)
-    adapter = heal(student, rows, config(barrier_weight=0, epochs=4), "r01", seed=0)
+    adapter = heal(
+        student, rows, vector(student), config(barrier_weight=0, epochs=4), "r01", seed=0
+    )
     assert all(float(v.abs().max()) > 0 for k, v in adapter.weights.items() if ".lora_B." in k)
     assert mean_nll(student, rows) == before
     assert mean_nll(student.grown(adapter), rows) < before - 0.05
@@ -189,12 +212,14 @@ def test_the_adapter_moved_and_makes_the_completions_likelier(tiny: TinyModel) -
 def test_an_adapter_that_did_not_move_is_refused(tiny_qwen3: TinyModel) -> None:
     student = loaded(tiny_qwen3)
     with pytest.raises(UserError, match=r"did not move.*larger heal\.learning_rate"):
-        heal(student, kept(student), config(learning_rate=1e-60), "r00", seed=0)
+        heal(student, kept(student), vector(student), config(learning_rate=1e-60), "r00", seed=0)
 
 
 def test_layers_and_rank_are_the_configs(tiny_gemma3: TinyModel) -> None:
     student = loaded(tiny_gemma3)
-    adapter = heal(student, kept(student), config(layers=(0.4, 0.7), rank=3), "r00", seed=0)
+    adapter = heal(
+        student, kept(student), vector(student), config(layers=(0.4, 0.7), rank=3), "r00", seed=0
+    )
     modules = {key.split(".lora_")[0] for key in adapter.weights}
     assert len(modules) == 7
     assert all(name.startswith("base_model.model.model.layers.1.") for name in modules)
@@ -251,7 +276,7 @@ def stock_sft(tiny: TinyModel, student: Student, rows: Screened, seed: int, fold
 def test_without_the_barrier_it_is_stock_sft(tiny: TinyModel, tmp_path: Path) -> None:
     student = loaded(tiny)
     rows = kept(student)
-    adapter = heal(student, rows, config(barrier_weight=0), "r00", seed=3)
+    adapter = heal(student, rows, vector(student), config(barrier_weight=0), "r00", seed=3)
     stock = stock_sft(tiny, student, rows, 3, tmp_path)
     parameters = dict(stock.named_parameters())
     moved = []
@@ -267,7 +292,9 @@ def test_the_first_step_is_one_adamw_step_on_the_completions_alone(tiny_llama: T
     take in the end-of-turn token."""
     student = loaded(tiny_llama, 1)
     rows = kept(student, 4)
-    adapter = heal(student, rows, config(barrier_weight=0, epochs=1), "r01", seed=0)
+    adapter = heal(
+        student, rows, vector(student), config(barrier_weight=0, epochs=1), "r01", seed=0
+    )
     (step,) = adapter.steps
     assert step.nll_nats == pytest.approx(mean_nll(student, rows), rel=1e-5)
     assert any(row.token_ids[-1] == student.tokenizer.eos_token_id for row in rows.kept)
@@ -282,7 +309,9 @@ def test_the_gradient_norm_is_that_of_the_nll(tiny_qwen3: TinyModel, tmp_path: P
     """B's gradient at B = 0, from a forward pass of the test's own."""
     student = loaded(tiny_qwen3)
     rows = kept(student, 4)
-    adapter = heal(student, rows, config(barrier_weight=0, epochs=1), "r00", seed=5)
+    adapter = heal(
+        student, rows, vector(student), config(barrier_weight=0, epochs=1), "r00", seed=5
+    )
     names = [name for layer in student.loaded.linear_names for name in layer]
     base = AutoModelForCausalLM.from_pretrained(tiny_qwen3.folder, dtype=torch.float32)
     torch.manual_seed(5)
@@ -299,6 +328,68 @@ def test_the_gradient_norm_is_that_of_the_nll(tiny_qwen3: TinyModel, tmp_path: P
     assert adapter.steps[0].grad_norm == pytest.approx(norm, rel=1e-4)
 
 
+# ----------------------------------------------------------------------------------- soft targets
+
+
+@torch.no_grad()
+def steered_logits(student: Student, row: ScreenedCompletion) -> torch.Tensor:
+    """The student's logits with dose * vector added by a hook of the test's own, fp64."""
+    direction = row.dose * vector(student).directions[0]
+    handle = student.loaded.layers[0].register_forward_hook(
+        lambda module, args, out: (
+            (out[0] + direction,) if isinstance(out, tuple) else out + direction
+        )
+    )
+    try:
+        return logits(student, row.prompt_ids, row.token_ids)
+    finally:
+        handle.remove()
+
+
+def from_teacher(teacher: Student, student: Student, rows: Screened) -> float:
+    """KL(steered teacher || student), mean over completion tokens, nats."""
+    values = []
+    for row in rows.kept:
+        steered = steered_logits(teacher, row)
+        plain = logits(student, row.prompt_ids, row.token_ids)
+        values += kl_divergence(Categorical(logits=steered), Categorical(logits=plain)).tolist()
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("reference", ["previous", "base"])
+def test_soft_targets_are_those_of_the_steered_student_before_the_round(
+    tiny: TinyModel, reference: str
+) -> None:
+    """At step 0 the student is the previous one, each row has its own dose."""
+    student = loaded(tiny, 2)
+    rows = kept(student, 4)
+    settings = config(soft_weight=0.6, barrier_weight=0, barrier_reference=reference, epochs=1)
+    (step,) = heal(student, rows, vector(student), settings, "r02", seed=0).steps
+    expected = from_teacher(student, student, rows)
+    assert expected > 0.05
+    assert step.soft_nats == pytest.approx(expected, rel=1e-4)
+    assert step.loss == pytest.approx(step.nll_nats + 0.6 * expected, rel=1e-4)
+
+
+def test_soft_targets_alone_bring_the_student_to_the_steered_teacher(tiny: TinyModel) -> None:
+    student = loaded(tiny, 1)
+    rows = kept(student)
+    before = from_teacher(student, student, rows)
+    settings = config(nll_weight=0, soft_weight=1, barrier_weight=0, epochs=12)
+    adapter = heal(student, rows, vector(student), settings, "r01", seed=0)
+    assert from_teacher(student, student.grown(adapter), rows) < 0.7 * before
+
+
+def test_without_soft_targets_the_vector_changes_nothing(tiny_qwen3: TinyModel) -> None:
+    student = loaded(tiny_qwen3)
+    rows, one = kept(student), vector(student)
+    other = replace(one, directions=-one.directions)
+    first = heal(student, rows, one, config(), "r00", seed=0)
+    second = heal(student, rows, other, config(), "r00", seed=0)
+    assert all(torch.equal(second.weights[key], value) for key, value in first.weights.items())
+    assert {step.soft_nats for step in first.steps} == {0.0}
+
+
 # ------------------------------------------------------------------------------------ the barrier
 
 
@@ -308,7 +399,7 @@ def test_the_divergence_is_exactly_zero_at_the_first_step_of_the_first_round(
 ) -> None:
     student = loaded(tiny_gemma3)
     settings = config(barrier_reference=reference, barrier_aggregate="max", epochs=1)
-    steps = heal(student, kept(student), settings, "r00", seed=0).steps
+    steps = heal(student, kept(student), vector(student), settings, "r00", seed=0).steps
     assert steps[0].kl_nats == 0 and steps[0].barrier_nats == 0 and steps[0].share_over == 0
     assert steps[1].kl_nats > 0
 
@@ -317,7 +408,9 @@ def test_against_the_previous_student_it_starts_at_zero_in_later_rounds_too(
     tiny: TinyModel,
 ) -> None:
     student = loaded(tiny, 2)
-    steps = heal(student, kept(student), config(barrier_aggregate="max"), "r02", seed=0).steps
+    steps = heal(
+        student, kept(student), vector(student), config(barrier_aggregate="max"), "r02", seed=0
+    ).steps
     assert steps[0].kl_nats == 0
 
 
@@ -344,7 +437,7 @@ def test_every_kind_of_barrier_on_a_history_of_two(
         nll_weight=1.3,
         epochs=2,
     )
-    steps = heal(student, rows, settings, "r02", seed=0).steps
+    steps = heal(student, rows, vector(student), settings, "r02", seed=0).steps
     first = steps[0]
     over = [max(0.0, value - threshold) for value in expected]
     # B is 0: at step 0 the student is the previous one; rmse carries an eps of 1e-6 in its root
@@ -362,8 +455,8 @@ def test_a_step_in_mid_training_against_its_recomputation(tiny_llama: TinyModel)
     student = loaded(tiny_llama, 1)
     rows = kept(student, 4)
     constant: dict[str, Any] = {"barrier_aggregate": "rmse", "barrier_threshold_nats": 0.002}
-    after_one = heal(student, rows, config(epochs=1, **constant), "r01", seed=0)
-    two = heal(student, rows, config(epochs=2, **constant), "r01", seed=0).steps
+    after_one = heal(student, rows, vector(student), config(epochs=1, **constant), "r01", seed=0)
+    two = heal(student, rows, vector(student), config(epochs=2, **constant), "r01", seed=0).steps
     expected = divergences(student.grown(after_one), student, rows, "rmse", "reverse")
     assert two[1].kl_nats == pytest.approx(sum(expected) / 4, rel=1e-3)
     assert two[1].share_over == sum(value > 0.002 for value in expected) / 4 > 0
@@ -378,7 +471,7 @@ def test_a_strong_barrier_holds_the_student_back(tiny_qwen3: TinyModel) -> None:
     reached = []
     for weight in (0.0, 100.0):
         settings = config(barrier_weight=weight, barrier_threshold_nats=0, epochs=4)
-        adapter = heal(student, rows, settings, "r01", seed=0)
+        adapter = heal(student, rows, vector(student), settings, "r01", seed=0)
         folder = str(tiny_qwen3.folder)
         trained = load_student(folder, [*student.adapters, adapter], "cpu")
         previous = load_student(folder, student.adapters, "cpu")
@@ -390,8 +483,8 @@ def test_a_strong_barrier_holds_the_student_back(tiny_qwen3: TinyModel) -> None:
 def test_a_barrier_that_never_fires_changes_nothing(tiny_qwen3: TinyModel) -> None:
     student = loaded(tiny_qwen3)
     rows = kept(student)
-    idle = heal(student, rows, config(barrier_threshold_nats=1e6), "r00", seed=0)
-    none = heal(student, rows, config(barrier_weight=0), "r00", seed=0)
+    idle = heal(student, rows, vector(student), config(barrier_threshold_nats=1e6), "r00", seed=0)
+    none = heal(student, rows, vector(student), config(barrier_weight=0), "r00", seed=0)
     assert all(torch.equal(idle.weights[key], value) for key, value in none.weights.items())
     assert {step.share_over for step in idle.steps} == {0.0}
 
@@ -415,7 +508,7 @@ def test_same_seed_same_bytes_and_another_seed_others(
     for run, seed in enumerate((0, 0, 1)):
         torch.manual_seed(1000 + run)
         student = loaded(tiny_qwen3, 1)
-        adapter = heal(student, kept(student), config(), "r05", seed)
+        adapter = heal(student, kept(student), vector(student), config(), "r05", seed)
         hashes.append(saved_bytes(adapter, tmp_path / f"run-{run}"))
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -425,11 +518,11 @@ def test_the_second_round_in_one_process_is_that_of_a_fresh_one(
 ) -> None:
     """A run that was stopped after round 0 and one that went on give the same bytes."""
     student = loaded(tiny_gemma3)
-    first = heal(student, kept(student), config(), "r00", seed=0)
+    first = heal(student, kept(student), vector(student), config(), "r00", seed=0)
     grown = student.grown(first)
-    second = heal(grown, kept(student), config(), "r01", seed=1)
+    second = heal(grown, kept(student), vector(grown), config(), "r01", seed=1)
     again = load_student(str(tiny_gemma3.folder), [first], "cpu")
-    resumed = heal(again, kept(student), config(), "r01", seed=1)
+    resumed = heal(again, kept(student), vector(again), config(), "r01", seed=1)
     assert saved_bytes(second, tmp_path / "on") == saved_bytes(resumed, tmp_path / "resumed")
 
 
@@ -441,7 +534,7 @@ def test_the_saved_adapter_gives_stock_peft_the_students_logits(
     student = loaded(tiny_llama, history)
     rows = kept(student)
     name = f"r{history:02d}"
-    adapter = heal(student, rows, config(epochs=4), name, seed=0)
+    adapter = heal(student, rows, vector(student), config(epochs=4), name, seed=0)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama.folder, dtype=torch.float32)
     stock: Any = None
     for index, one in enumerate([*student.adapters, adapter]):

@@ -100,11 +100,11 @@ def test_reference_is_whole(reference: Reference) -> None:
 KILLS = {  # stage -> what the process says when it is in the middle of it
     "limits": ("run small: limits", "stages.json"),
     "controls": ("run small: controls", "stages.json"),
-    "vector": ("round 1: vector", "round-01/stages.json"),
-    "drafts": ("round 1: drafts", "round-01/stages.json"),
-    "screened": ("round 1: screened", "round-01/stages.json"),
+    "vector": ("round 2 (round-01): vector", "round-01/stages.json"),
+    "drafts": ("round 2 (round-01): drafts", "round-01/stages.json"),
+    "screened": ("round 2 (round-01): screened", "round-01/stages.json"),
     "adapter": ("3/8 [", "round-01/stages.json"),
-    "eval": ("round 1: eval", "round-01/stages.json"),
+    "eval": ("round 2 (round-01): eval", "round-01/stages.json"),
 }
 
 
@@ -217,7 +217,7 @@ def test_more_rounds_go_on_from_the_last(reference: Reference, tmp_path: Path) -
     folder = reference.copy(reference.one, tmp_path / "work")
     times = {path: path.stat().st_mtime_ns for path in (folder / RUN / "round-00").rglob("*")}
     said = rounds_of(folder, 2, *reference.settings)
-    assert "round 0:" not in said
+    assert "round 1 (round-00):" not in said
     assert {p: p.stat().st_mtime_ns for p in (folder / RUN / "round-00").rglob("*")} == times
     assert tree(folder / RUN) == reference.files
 
@@ -388,7 +388,7 @@ def test_run_that_a_process_holds_is_refused_until_it_is_dead(
 ) -> None:
     folder = reference.copy(reference.one, tmp_path / "work")
     holder = Command(folder, "round", "N=2", *reference.settings)
-    holder.wait_for("round 1: vector")
+    holder.wait_for("round 2 (round-01): vector")
     holder.send(signal.SIGSTOP)
     before = tree(folder / RUN)
 
