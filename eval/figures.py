@@ -17,6 +17,7 @@ from eval.forced_choice import ForcedChoiceRow
 from eval.statistics import Interval, bootstrap_weights, mean_interval, require_same_items
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
+Pair = tuple[Sequence[ForcedChoiceRow], Sequence[ForcedChoiceRow]]  # rows after, rows before
 OFF_WEIGHT = 0.1  # what a nat of unintended shift costs in `selectivity`, in nats of intended
 
 
@@ -156,21 +157,20 @@ def selectivity(
     Args:
         intended: foundation -> 1 where more is meant, -1 where less is.
     """
-    names = _paired_names(rows, base_rows)
-    signs = _signs(intended, names)  # [foundations]
-    meant = signs != 0
-    shifts = _centred(rows, names) - _centred(base_rows, names)
-    after = np.array([row.pmass for row in rows])
-    before = np.array([row.pmass for row in base_rows])
+    return _interval(_selectivity(rows, base_rows, intended), rows, seed)
 
-    def figure(weights: np.ndarray) -> np.ndarray:
-        moved = weights @ shifts  # [draws, foundations]
-        on = (moved * signs)[:, meant].mean(1)
-        off = np.abs(moved[:, ~meant]).mean(1) if not meant.all() else np.zeros(len(moved))
-        kept = np.minimum(1.0, (weights @ after) / (weights @ before))
-        return (on - OFF_WEIGHT * off) * kept**2
 
-    return _interval(figure, rows, seed)
+def selectivity_difference(
+    after: Pair, before: Pair, intended: Mapping[str, int], seed: int = 0
+) -> Interval:
+    """`selectivity` of one pair of evaluations less that of another, nats.
+
+    Positive: the first is more selective. Each pair is (rows, base_rows), each with a base of its
+    own; all four are of the same items, which are drawn together.
+    """
+    _paired_names(after[0], before[0])
+    sides = [_selectivity(*pair, intended) for pair in (after, before)]
+    return _interval(lambda weights: sides[0](weights) - sides[1](weights), after[0], seed)
 
 
 def flip_rate(
@@ -190,12 +190,20 @@ def flip_rate(
     Args:
         intended: foundation -> 1 where more is meant, -1 where less is.
     """
-    names = _paired_names(rows, base_rows)
-    signs = _signs(intended, names)
-    worth = [_shared_picks(_score_matrix(each, names)) @ signs for each in (rows, base_rows)]
-    change = worth[0] - worth[1]
-    flips = np.where(np.abs(change) < 1e-9, 0.0, np.sign(change))  # thirds do not sum to 1 exactly
+    flips = _flips(rows, base_rows, intended)
     return mean_interval(flips.tolist(), seed, [row.id for row in rows])
+
+
+def flip_rate_difference(
+    after: Pair, before: Pair, intended: Mapping[str, int], seed: int = 0
+) -> Interval:
+    """`flip_rate` of one pair of evaluations less that of another, -2 to 2.
+
+    Positive: in the first more picks changed as intended. Pairs as in `selectivity_difference`.
+    """
+    _paired_names(after[0], before[0])
+    gained = _flips(*after, intended) - _flips(*before, intended)
+    return mean_interval(gained.tolist(), seed, [row.id for row in after[0]])
 
 
 def perspective_gap_nats(rows: Sequence[ForcedChoiceRow], seed: int = 0) -> dict[str, Interval]:
@@ -240,6 +248,42 @@ def seed_interval(values: Sequence[float]) -> Interval:
     mean = float(array.mean())
     half = _student_quantile(len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
     return Interval(estimate=mean, low=mean - half, high=mean + half)
+
+
+def _selectivity(
+    rows: Sequence[ForcedChoiceRow],
+    base_rows: Sequence[ForcedChoiceRow],
+    intended: Mapping[str, int],
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Selectivity as a function of the items' weights: [draws, items] -> [draws], nats."""
+    names = _paired_names(rows, base_rows)
+    signs = _signs(intended, names)  # [foundations]
+    meant = signs != 0
+    shifts = _centred(rows, names) - _centred(base_rows, names)
+    after = np.array([row.pmass for row in rows])
+    before = np.array([row.pmass for row in base_rows])
+
+    def figure(weights: np.ndarray) -> np.ndarray:
+        moved = weights @ shifts  # [draws, foundations]
+        on = (moved * signs)[:, meant].mean(1)
+        off = np.abs(moved[:, ~meant]).mean(1) if not meant.all() else np.zeros(len(moved))
+        kept = np.minimum(1.0, (weights @ after) / (weights @ before))
+        return (on - OFF_WEIGHT * off) * kept**2
+
+    return figure
+
+
+def _flips(
+    rows: Sequence[ForcedChoiceRow],
+    base_rows: Sequence[ForcedChoiceRow],
+    intended: Mapping[str, int],
+) -> np.ndarray:
+    """1 where an item's pick moved as intended, -1 where it moved the other way, or 0: [items]."""
+    names = _paired_names(rows, base_rows)
+    signs = _signs(intended, names)
+    worth = [_shared_picks(_score_matrix(each, names)) @ signs for each in (rows, base_rows)]
+    change = worth[0] - worth[1]
+    return np.where(np.abs(change) < 1e-9, 0.0, np.sign(change))  # thirds do not sum to 1 exactly
 
 
 def _names(rows: Sequence[ForcedChoiceRow], what: str) -> list[str]:

@@ -104,13 +104,12 @@ def mean_interval(
     return Interval(estimate=float(array.mean()), low=float(low), high=float(high))
 
 
-def common_items(left: Sequence[Row], right: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows of items that both have: an item may be unscorable in one of them."""
-    shared = {row.key for row in left} & {row.key for row in right}
+def common_items(*sides: Sequence[Row]) -> list[list[Row]]:
+    """The rows of the items that every side has: an item may be unscorable in one of them."""
+    shared = set.intersection(*({row.key for row in rows} for rows in sides))
     if not shared:
-        raise UserError("no item was scored in both evaluations")
-    kept = [[row for row in rows if row.key in shared] for rows in (left, right)]
-    return kept[0], kept[1]
+        raise UserError("no item was scored in every one of the evaluations")
+    return [[row for row in rows if row.key in shared] for rows in sides]
 
 
 def require_same_items(left: Sequence[str], right: Sequence[str]) -> None:

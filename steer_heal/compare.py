@@ -1,18 +1,26 @@
 """Runs side by side: the last round of each, and its paired differences from the first run's.
 
-Differences are other run - first run, paired by vignette, task, and prompt and sample.
+Differences are other run - first run, paired by vignette, task, and prompt and sample. Selectivity
+and flip rate are what moved from each run's own base; their differences draw the vignettes of all
+four evaluations together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.errors import UserError
+from eval.figures import (
+    Pair,
+    flip_rate,
+    flip_rate_difference,
+    selectivity,
+    selectivity_difference,
+)
 from eval.statistics import (
     Interval,
     common_items,
@@ -72,37 +80,12 @@ def _vignettes(rows: ConditionEval) -> list[str]:
     return sorted([*(row.key for row in rows.choices), *rows.unscorable])
 
 
-Columns = dict[str, Callable[[ConditionEval], float]]
-
-
-def _columns(foundations: Sequence[str]) -> Columns:
-    """Name -> figure of a condition, a column of the table each."""
-    columns: Columns = {"enacted": lambda rows: _mean(rows.replies, lambda row: row.enacted)}
-    for name in foundations:
-        columns[f"{name}_nats"] = partial(_nats, name)
-    return columns | {
-        "pmass": lambda rows: mean_pmass(rows.choices),
-        "mundane": lambda rows: _mean(rows.tasks, lambda row: row.right),
-        "tail nats": lambda rows: _mean(rows.replies, lambda row: row.surprisal.tail_nll_nats),
-    }
-
-
-def _nats(foundation: str, rows: ConditionEval) -> float:
-    return profile_nats(rows.choices)[foundation]
-
-
-def _mean(rows: Sequence[Any], value: Callable[[Any], float]) -> float:
-    return float(np.mean([value(row) for row in rows]))
-
-
 def _table(runs: Sequence[SavedRun]) -> str:
     """A line a figure, a column a run."""
-    healed = [run.rounds[-1].evaluation.healed for run in runs]
-    names = [run.path.resolve().name for run in runs]
-    lines = [["after its last round, healed", *names]]
+    columns = [_figures(run, _intended(runs)) for run in runs]
+    lines = [["after its last round, healed", *(run.path.resolve().name for run in runs)]]
     lines.append(["rounds", *(str(len(run.rounds)) for run in runs)])
-    for label, figure in _columns(sorted(healed[0].choices[0].scores)).items():
-        lines.append([label, *(f"{figure(rows):.3f}" for rows in healed)])
+    lines += [[label, *(f"{column[label]:.3f}" for column in columns)] for label in columns[0]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
@@ -110,21 +93,45 @@ def _table(runs: Sequence[SavedRun]) -> str:
     )
 
 
+def _intended(runs: Sequence[SavedRun]) -> dict[str, Any]:
+    """What all the runs mean to move; nothing where they do not mean the same."""
+    first, *others = (run.trait.intended for run in runs)
+    return dict(first) if all(other == first for other in others) else {}
+
+
+def _healed(run: SavedRun) -> ConditionEval:
+    return run.rounds[-1].evaluation.healed
+
+
+def _from_base(run: SavedRun) -> Pair:
+    """Rows healed and of base, of the vignettes that both could score."""
+    after, before = common_items(_healed(run).choices, run.controls.base.choices)
+    return after, before
+
+
+def _figures(run: SavedRun, intended: dict[str, Any]) -> dict[str, float]:
+    """Name -> figure of a run, a line of the table each."""
+    rows = _healed(run)
+    nats = profile_nats(rows.choices)
+    figures = {"enacted": _mean(rows.replies, lambda row: row.enacted)}
+    figures |= {f"{name}_nats": nats[name] for name in sorted(nats)}
+    if intended:
+        figures["selectivity"] = selectivity(*_from_base(run), intended).estimate
+        figures["flip rate"] = flip_rate(*_from_base(run), intended).estimate
+    return figures | {
+        "pmass": mean_pmass(rows.choices),
+        "mundane": _mean(rows.tasks, lambda row: row.right),
+        "tail nats": _mean(rows.replies, lambda row: row.surprisal.tail_nll_nats),
+    }
+
+
+def _mean(rows: Sequence[Any], value: Callable[[Any], float]) -> float:
+    return float(np.mean([value(row) for row in rows]))
+
+
 def _differences(first: SavedRun, other: SavedRun) -> str:
     """The paired differences of one run from the first, a line a figure."""
-    left = first.rounds[-1].evaluation.healed
-    right = other.rounds[-1].evaluation.healed
-    after, before = common_items(right.choices, left.choices)
-    shifts = shift_nats(after, before)
-    intervals = {"enacted": _reply_difference(left, right, lambda reply: reply.enacted)}
-    intervals |= {f"{name}_nats": shifts[name] for name in sorted(shifts)}
-    intervals["pmass"] = _difference([row.pmass for row in before], [row.pmass for row in after])
-    intervals["mundane"] = _difference(
-        [row.right for row in left.tasks], [row.right for row in right.tasks]
-    )
-    intervals["tail nats"] = _reply_difference(
-        left, right, lambda reply: reply.surprisal.tail_nll_nats
-    )
+    intervals = _intervals(first, other)
     names = [run.path.resolve().name for run in (other, first)]
     width = max(map(len, intervals))
     lines = [f"{names[0]} minus {names[1]}, with 95 % bootstrap intervals over items"]
@@ -132,7 +139,32 @@ def _differences(first: SavedRun, other: SavedRun) -> str:
         verdict = "" if interval.excludes_zero else "  no difference shown"
         bounds = f"[{_signed(interval.low)}, {_signed(interval.high)}]"
         lines.append(f"{label.ljust(width)}  {_signed(interval.estimate)} {bounds}{verdict}")
+    if first.trait.intended != other.trait.intended:
+        lines.append("no selectivity, no flip rate: the traits mean to move different foundations")
     return "\n".join(lines)
+
+
+def _intervals(first: SavedRun, other: SavedRun) -> dict[str, Interval]:
+    """Name -> difference of the other run from the first."""
+    left, right = _healed(first), _healed(other)
+    after, before = common_items(right.choices, left.choices)
+    shifts = shift_nats(after, before)
+    intervals = {"enacted": _reply_difference(left, right, lambda reply: reply.enacted)}
+    intervals |= {f"{name}_nats": shifts[name] for name in sorted(shifts)}
+    if intended := _intended([first, other]):
+        base, other_base = first.controls.base.choices, other.controls.base.choices
+        sides = common_items(right.choices, other_base, left.choices, base)
+        pairs = (sides[0], sides[1]), (sides[2], sides[3])
+        intervals["selectivity"] = selectivity_difference(*pairs, intended)
+        intervals["flip rate"] = flip_rate_difference(*pairs, intended)
+    intervals["pmass"] = _difference([row.pmass for row in before], [row.pmass for row in after])
+    intervals["mundane"] = _difference(
+        [row.right for row in left.tasks], [row.right for row in right.tasks]
+    )
+    intervals["tail nats"] = _reply_difference(
+        left, right, lambda reply: reply.surprisal.tail_nll_nats
+    )
+    return intervals
 
 
 def _difference(left: Sequence[float], right: Sequence[float]) -> Interval:

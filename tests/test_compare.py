@@ -23,7 +23,7 @@ from tests.small import FOUNDATIONS, small_settings
 from tests.tiny import tiny_model_folder
 
 FIGURES = ["enacted", *(f"{name}_nats" for name in sorted(FOUNDATIONS)), "pmass", "mundane"]
-FIGURES.append("tail nats")
+FIGURES += ["tail nats", "selectivity", "flip rate"]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,9 @@ def _healed(path: Path) -> dict[str, Any]:
     return json.loads((path / "round-00" / "eval.json").read_text())["healed"]
 
 
-def _figures(rows: dict[str, Any]) -> dict[str, float]:
-    figures = {
+def _figures(path: Path) -> dict[str, float]:
+    rows, base = _healed(path), json.loads((path / "base.json").read_text())
+    figures = _moved(rows["choices"], base["choices"]) | {
         "enacted": statistics.mean(reply["enacted"] for reply in rows["replies"]),
         "pmass": statistics.mean(row["pmass"] for row in rows["choices"]),
         "mundane": statistics.mean(task["right"] for task in rows["tasks"]),
@@ -85,6 +86,29 @@ def _figures(rows: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
+def _moved(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, float]:
+    """Selectivity and flip rate for more care and less authority, an item at a time."""
+    moved = dict.fromkeys(FOUNDATIONS, 0.0)
+    flips = []
+    for after, before in zip(rows, base, strict=True):
+        worth = []
+        for sign, scores in ((1, after["scores"]), (-1, before["scores"])):
+            for name in FOUNDATIONS:
+                centred = scores[name] - statistics.mean(scores.values())
+                moved[name] += sign * centred / len(rows)
+            picked = max(scores, key=lambda name: scores[name])
+            worth.append({"care": 1, "authority": -1}.get(picked, 0))
+        flips.append((worth[0] > worth[1]) - (worth[0] < worth[1]))
+    masses = [sum(row["pmass"] for row in side) for side in (rows, base)]
+    others = [abs(moved[name]) for name in FOUNDATIONS if name not in ("care", "authority")]
+    on = (moved["care"] - moved["authority"]) / 2
+    kept = min(1.0, masses[0] / masses[1]) ** 2
+    return {
+        "selectivity": (on - 0.1 * statistics.mean(others)) * kept,
+        "flip rate": statistics.mean(flips),
+    }
+
+
 def test_a_run_does_not_differ_from_itself(runs: dict[str, Path]) -> None:
     table, differences = compare_runs([runs["slow"], runs["slow"]]).split("\n\n")
     assert set(_lines(table)) == set(FIGURES)
@@ -97,7 +121,7 @@ def test_a_run_does_not_differ_from_itself(runs: dict[str, Path]) -> None:
 
 def test_table_and_differences_are_those_of_the_files(runs: dict[str, Path]) -> None:
     table, differences = compare_runs([runs["slow"], runs["fast"]]).split("\n\n")
-    slow, fast = (_figures(_healed(runs[name])) for name in ("slow", "fast"))
+    slow, fast = (_figures(runs[name]) for name in ("slow", "fast"))
     assert differences.startswith("fast minus slow")
     columns, lines = _lines(table), _lines(differences)
     for name in FIGURES:
@@ -108,6 +132,19 @@ def test_table_and_differences_are_those_of_the_files(runs: dict[str, Path]) -> 
         is_shown = low > 0 or high < 0
         assert is_shown != (lines[name][3:] == ["no", "difference", "shown"])
     assert slow != fast
+
+
+@pytest.mark.parametrize("intended", [{"care": 1}, {}])
+def test_runs_that_mean_to_move_other_foundations_are_not_compared_in_that(
+    intended: dict[str, int], runs: dict[str, Path], copy: Path
+) -> None:
+    description = json.loads((copy / "run.json").read_text())
+    description["trait"]["intended"] = intended
+    write_json(copy / "run.json", description)
+    table, differences = compare_runs([runs["slow"], copy]).split("\n\n")
+    assert "mean to move different foundations" in differences.splitlines()[-1]
+    left = set(FIGURES) - {"selectivity", "flip rate"}
+    assert set(_lines(table)) == set(_lines(differences)) == left
 
 
 def test_three_runs_are_each_compared_with_the_first(runs: dict[str, Path]) -> None:

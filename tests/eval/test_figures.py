@@ -13,10 +13,12 @@ from eval.figures import (
     centred_log_ratio_shift_nats,
     fitted_temperature,
     flip_rate,
+    flip_rate_difference,
     informedness,
     perspective_gap_nats,
     seed_interval,
     selectivity,
+    selectivity_difference,
     soft_cross_entropy_nats,
 )
 from eval.forced_choice import ForcedChoiceRow
@@ -419,6 +421,65 @@ def test_a_tie_counts_by_the_mean_of_its_signs(
     before: tuple[str, ...], after: tuple[str, ...], expected: int
 ) -> None:
     assert flip_rate([_top(*after)], [_top(*before)], SIGNS).estimate == expected
+
+
+def _selective(rows: Sequence[ForcedChoiceRow], base: Sequence[ForcedChoiceRow]) -> float:
+    """Selectivity for more care and less authority, an item at a time."""
+    moved = dict.fromkeys(NAMES, 0.0)
+    for after, before in zip(rows, base, strict=True):
+        for sign, row in ((1, after), (-1, before)):
+            middle = sum(row.scores.values()) / len(NAMES)
+            for name in NAMES:
+                moved[name] += sign * (row.scores[name] - middle) / len(rows)
+    kept = min(1.0, sum(row.pmass for row in rows) / sum(row.pmass for row in base))
+    on = (moved["care"] - moved["authority"]) / 2
+    return (on - 0.1 * abs(moved["fairness"])) * kept**2
+
+
+def test_differences_of_pairs_draw_the_items_of_all_four_together() -> None:
+    rng = np.random.default_rng(3)
+    sides = [_random(rng, 12, pmass=pmass) for pmass in (0.7, 0.9, 0.8, 1.0)]
+    signs = {"care": 1, "authority": -1}
+    selective = selectivity_difference((sides[0], sides[1]), (sides[2], sides[3]), signs, seed=5)
+    flips = flip_rate_difference((sides[0], sides[1]), (sides[2], sides[3]), signs, seed=5)
+    drawn: list[list[float]] = [[], []]
+    for counts in np.random.default_rng(5).multinomial(12, np.full(12, 1 / 12), 10_000)[:2000]:
+        chosen = [index for index, count in enumerate(counts) for _ in range(count)]
+        one, two, three, four = ([side[index] for index in chosen] for side in sides)
+        drawn[0].append(_selective(one, two) - _selective(three, four))
+        drawn[1].append(_flipped(one, two) - _flipped(three, four))
+    for found, values, figure in zip(
+        (selective, flips), drawn, (_selective, _flipped), strict=True
+    ):
+        exact = figure(sides[0], sides[1]) - figure(sides[2], sides[3])
+        assert found.estimate == pytest.approx(exact)
+        spread = np.std(values)  # a fifth of the draws: their quantiles are as far off as that
+        assert [found.low, found.high] == pytest.approx(
+            np.quantile(values, [0.025, 0.975]), abs=0.25 * spread
+        )
+
+
+def _flipped(rows: Sequence[ForcedChoiceRow], base: Sequence[ForcedChoiceRow]) -> float:
+    worth = {"care": 1, "authority": -1, "fairness": 0}
+    moves = [
+        worth[max(after.scores, key=lambda name: after.scores[name])]
+        - worth[max(before.scores, key=lambda name: before.scores[name])]
+        for after, before in zip(rows, base, strict=True)
+    ]
+    return sum((move > 0) - (move < 0) for move in moves) / len(moves)
+
+
+def test_a_pair_does_not_differ_from_itself() -> None:
+    rng = np.random.default_rng(4)
+    signs = {"care": 1, "authority": -1}
+    pair = (_random(rng, 9), _random(rng, 9))
+    nothing = Interval(estimate=0, low=0, high=0)
+    assert selectivity_difference(pair, pair, signs) == nothing
+    assert flip_rate_difference(pair, pair, signs) == nothing
+    other = ([replace(row, id="x") for row in pair[0]], [replace(row, id="x") for row in pair[1]])
+    for figure in (selectivity_difference, flip_rate_difference):
+        with pytest.raises(ValueError, match="different items"):
+            figure(pair, other, signs)
 
 
 def test_flip_rate_is_a_signed_share() -> None:
