@@ -318,6 +318,16 @@ class Controls(_Artifact):
         return cls.model_validate(dict(zip(cls.model_fields, map(json.loads, texts), strict=True)))
 
 
+class Unbarred(_JsonArtifact):
+    """What the barrier is for: the first round healed without it, from the same completions."""
+
+    healed: ConditionEval  # the base and the adapter so trained, which is in no stack
+    steps: tuple[TrainStep, ...]
+
+    stage: ClassVar[str] = "unbarred"
+    files: ClassVar[tuple[str, ...]] = ("unbarred.json",)
+
+
 class RoundEval(_JsonArtifact):
     """What a round came to."""
 

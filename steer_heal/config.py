@@ -112,6 +112,8 @@ class EvaluateConfig(Settings):
     """Forced-choice suite: a name in eval/suites or a path."""
     tasks: str = "organism_mundane"
     """Suite of mundane tasks: a name in eval/suites or a path."""
+    controls: Literal["standard", "full"] = "standard"
+    """full: round 1 is healed without the barrier too, as one more control."""
     num_random: int = Field(3, ge=1)
     """Random directions measured as a control, at the vector's own KL; they share the replies."""
     samples_per_prompt: int = Field(4, ge=1)

@@ -3,8 +3,9 @@
 base, prompted (the positive persona as system prompt), engineered (a longer prompt that asks for
 the trait) and random (directions drawn at random, each at the dose where it moves the next-token
 distribution as far as the vector does) are measured once; steered (the student before the round,
-with the vector) and healed (the student after it, nothing added) every round. Each gives the forced
-choice over vignettes, mundane tasks, and replies to held-out prompts; all rows are kept.
+with the vector) and healed (the student after it, nothing added) every round; unbarred (the first
+round healed without the barrier) where it is asked for. Each gives the forced choice over
+vignettes, mundane tasks, and replies to held-out prompts; all rows are kept.
 
     kl      = mean over tokens of completions kept in the round of KL(steered || student), nats; a
               random direction is steered at the dose whose kl is the vector's
@@ -41,9 +42,11 @@ from steer_heal.artifacts import (
     ConditionEval,
     Controls,
     ReplyRow,
+    RoundAdapter,
     RoundEval,
     Screened,
     SteeringVector,
+    Unbarred,
 )
 from steer_heal.config import EvaluateConfig
 from steer_heal.hooks import add_vector
@@ -104,6 +107,18 @@ def evaluate_round(
         healed=_condition("healed", healed, trait, config, seed),
         internalised=_internalised(healed, vector, trait, config),
     )
+
+
+def evaluate_unbarred(
+    student: Student, adapter: RoundAdapter, trait: Trait, config: EvaluateConfig, seed: int
+) -> Unbarred:
+    """The student with an adapter that was trained without the barrier; both are left as they were.
+
+    The seed is the rounds' own, so that it differs from the healed student by the adapter alone.
+    """
+    with student.trying(adapter) as healed:
+        rows = _condition("unbarred", healed, trait, config, seed)
+    return Unbarred(healed=rows, steps=adapter.steps)
 
 
 def _internalised(

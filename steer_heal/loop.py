@@ -12,10 +12,11 @@ from steer_heal.artifacts import (
     RoundEval,
     Screened,
     SteeringVector,
+    Unbarred,
 )
 from steer_heal.calibrate import calibrate
-from steer_heal.config import RunConfig
-from steer_heal.evaluate import evaluate_controls, evaluate_round
+from steer_heal.config import EvaluateConfig, HealConfig, RunConfig
+from steer_heal.evaluate import evaluate_controls, evaluate_round, evaluate_unbarred
 from steer_heal.filter import screen
 from steer_heal.generate import generate_steered
 from steer_heal.heal import heal
@@ -55,7 +56,26 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         adapter = round.once(
             RoundAdapter, heal, student, kept, vector, config.heal, round.adapter_name, s("heal")
         )
+        if round.index == 0 and evaluate.controls == "full":
+            run.once(
+                Unbarred, _unbarred, student, kept, config.heal, s("heal"), trait, evaluate, seed
+            )
         healed = student.grown(adapter)
         round.once(RoundEval, evaluate_round, student, healed, vector, kept, trait, evaluate, seed)
         round.finish()
         student = healed
+
+
+def _unbarred(
+    student: Student,
+    kept: Screened,
+    config: HealConfig,
+    heal_seed: int,
+    trait: Trait,
+    evaluate: EvaluateConfig,
+    seed: int,
+) -> Unbarred:
+    """The round healed once more, without the barrier; the adapter enters no stack."""
+    bare = config.model_copy(update={"barrier_weight": 0.0})
+    adapter = heal(student, kept, bare, "unbarred", heal_seed)
+    return evaluate_unbarred(student, adapter, trait, evaluate, seed)

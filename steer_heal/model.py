@@ -21,7 +21,7 @@ from eval.files import digest_of
 from eval.loading import find_model, load_model, weights_hash
 from steer_heal.artifacts import RoundAdapter
 from steer_heal.config import ORGANISM
-from steer_heal.stack import attach_saved, only
+from steer_heal.stack import attach_saved, detach, only
 
 ORGANISM_FOLDER = Path(__file__).parent / "organism" / "weights"
 
@@ -72,6 +72,17 @@ class Student:
             self.loaded.model = attach_saved(self.loaded.model, adapter)
             self.loaded.attached.append(adapter.name)
         return replace(self, adapters=(*self.adapters, adapter))
+
+    @contextmanager
+    def trying(self, adapter: RoundAdapter) -> Iterator[Student]:
+        """This student with one more adapter on top, which is taken off the model afterwards."""
+        assert adapter.name not in self.loaded.attached
+        tried = self.grown(adapter)
+        try:
+            yield tried
+        finally:
+            self.loaded.model = detach(self.loaded.model, adapter.name)
+            self.loaded.attached.remove(adapter.name)
 
     def band(self, shares: tuple[float, float]) -> list[int]:
         """Indices of the layers whose output lies within these shares of the depth."""

@@ -45,6 +45,7 @@ PMASS_GATE = 0.99  # share of base's
 RETENTION_GATE = 0.3  # below: undone
 MUNDANE_DROP = 0.01  # a larger one is a loss; share of the tasks
 NUM_DIARY_PROMPTS = 6
+UNBARRED = "round 1, healed without the barrier"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ class Report:
     prompted: ConditionFigures
     engineered: ConditionFigures
     random: tuple[ConditionFigures, ...]
+    unbarred: ConditionFigures | None  # None: it was not asked for
     rounds: tuple[RoundFigures, ...]
     tail_low_nats: float  # 5th percentile of the base's own completions
     tail_high_nats: float  # 95th
@@ -201,6 +203,9 @@ def summarise(run: SavedRun) -> Report:
             condition_figures(f"random direction {number}", each, base, trait)
             for number, each in enumerate(controls.random, start=1)
         ),
+        unbarred=condition_figures(UNBARRED, run.unbarred.healed, base, trait)
+        if run.unbarred
+        else None,
         rounds=tuple(rounds),
         tail_low_nats=float(low),
         tail_high_nats=float(high),

@@ -38,6 +38,7 @@ from steer_heal.artifacts import (
     Screened,
     SteeringVector,
     TrainStep,
+    Unbarred,
 )
 from steer_heal.rounds import RUN_FILE, Run, read_run
 from steer_heal.trait import Trait
@@ -76,6 +77,7 @@ class SavedRun:
     trait: Trait
     limits: Limits
     controls: Controls
+    unbarred: Unbarred | None  # None: it was not asked for
     rounds: tuple[SavedRound, ...]  # at least one
 
 
@@ -132,6 +134,7 @@ def read_saved_run(path: Path) -> SavedRun:
         trait=description.trait,
         limits=run.read(Limits),
         controls=run.read(Controls),
+        unbarred=run.read(Unbarred) if run.has(Unbarred) else None,
         rounds=tuple(rounds),
     )
 

@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM
 import steer_heal.loop
 from eval.errors import UserError
 from eval.loading import weights_hash
-from steer_heal.artifacts import Controls, RoundAdapter, RoundEval, Screened, SteeringVector
+from steer_heal.artifacts import (
+    Controls,
+    RoundAdapter,
+    RoundEval,
+    Screened,
+    SteeringVector,
+    Unbarred,
+)
 from steer_heal.config import RunConfig, resolve_config
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import code_hash, run_path
@@ -97,6 +104,40 @@ def test_stages_feed_each_other(run: Run, config: RunConfig) -> None:
         assert len(adapter.steps) == 8 * 2 / 4
     vectors = [run.round(index).read(SteeringVector) for index in (0, 1)]
     assert not torch.equal(vectors[0].directions, vectors[1].directions)  # a new student
+
+
+def _made(config: RunConfig, name: str, *settings: str) -> Run:
+    """A run of the same settings under another name, with a barrier that is always on."""
+    heal = config.heal.model_copy(update={"barrier_threshold_nats": 0.0})
+    changed = config.model_copy(update={"run": name, "heal": heal})
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        part, _, field = key.partition(".")
+        inner = getattr(changed, part).model_copy(update={field: json.loads(value)})
+        changed = changed.model_copy(update={part: inner})
+    run_rounds(changed, run_path(changed))
+    return Run(run_path(changed), changed.seed)
+
+
+def test_unbarred_is_round_1_healed_without_the_barrier_and_is_in_no_stack(
+    config: RunConfig,
+) -> None:
+    plain = _made(config, "plain")
+    full = _made(config, "full", 'evaluate.controls="full"')
+    bare = _made(config, "bare", "heal.barrier_weight=0.0")
+    assert not plain.has(Unbarred) and not (plain.path / "unbarred.json").exists()
+    found = full.read(Unbarred)
+    healed = [run.round(0).read(RoundEval).healed for run in (full, bare)]
+    names = {"condition"}
+    assert found.healed.condition == "unbarred"
+    assert found.healed.model_dump(exclude=names) == healed[1].model_dump(exclude=names)
+    assert found.healed.model_dump(exclude=names) != healed[0].model_dump(exclude=names)
+    assert found.steps == bare.round(0).read(RoundAdapter).steps
+    assert [step.barrier_nats for step in found.steps] != [0.0] * len(found.steps)
+    for index in (0, 1):  # what comes after it is what comes without it
+        for file in ("vector.safetensors", "adapter/adapter_model.safetensors", "eval.json"):
+            contents = [(run.round(index).path / file).read_bytes() for run in (plain, full)]
+            assert contents[0] == contents[1], (index, file)
 
 
 def test_peft_loads_the_adapters_to_the_same_student(run: Run, config: RunConfig) -> None:

@@ -21,7 +21,7 @@ from matplotlib.image import imread
 from eval.errors import UserError
 from eval.files import write_json
 from eval.statistics import Interval
-from steer_heal.artifacts import Controls, Limits
+from steer_heal.artifacts import Controls, Limits, Unbarred
 from steer_heal.config import resolve_config
 from steer_heal.figures import DPI, LAYOUTS, SIZES_INCHES, THEMES, _spread, draw_drift
 from steer_heal.loop import run_rounds
@@ -166,6 +166,19 @@ def test_the_table_has_the_numbers_of_the_files(
         tails = [reply["surprisal"]["tail_nll_nats"] for reply in rows["replies"]]
         assert tail == f"{statistics.median(tails):.2f}"
         assert mundane == percent(statistics.mean(task["right"] for task in rows["tasks"]))
+
+
+def test_the_round_healed_without_the_barrier_stands_beside_it(report: Report, page: str) -> None:
+    assert report.unbarred is None and "without the barrier" not in page
+    other = report.run.rounds[0].evaluation.steered
+    control = Unbarred(healed=other, steps=report.run.rounds[0].steps)
+    page = _page_of(summarise(replace(report.run, unbarred=control)))
+    labels = [line[0] for line in _Tables(page).tables["conditions"]]
+    beside = [label.removesuffix(" best") for label in labels[6:9]]
+    assert beside[0] == "round 1, steered"
+    assert beside[1:] == ["round 1, healed", "round 1, healed without the barrier"]
+    line = _Tables(page).tables["conditions"][8]
+    assert line[2].startswith(percent(statistics.mean(row.enacted for row in other.replies)))
 
 
 def test_the_headline_says_the_last_round(made: Path, page: str) -> None:

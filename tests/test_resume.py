@@ -142,6 +142,27 @@ def test_killed_in_a_stage_ends_with_the_same_bytes(
     assert not list((folder / RUN).rglob(".tmp-*"))
 
 
+@pytest.mark.parametrize("line", ["run small: unbarred", "unbarred: vignettes"])
+def test_killed_in_the_control_without_the_barrier_ends_with_the_same_bytes(
+    line: str, reference: Reference, tmp_path: Path
+) -> None:
+    settings = [*reference.settings, "evaluate.controls=full"]
+    rounds_of(tmp_path / "whole", 1, *settings)
+    killed = Command(tmp_path / "killed", "round", "N=1", *settings)
+    killed.wait_for(line)
+    assert killed.kill().code == -signal.SIGKILL
+    assert not (tmp_path / "killed" / RUN / "unbarred.json").exists()
+
+    said = rounds_of(tmp_path / "killed", 1, *settings)
+
+    assert line in said and "run small: controls" not in said
+    whole, again = (tree(tmp_path / name / RUN) for name in ("whole", "killed"))
+    assert "unbarred.json" in whole and whole == again
+    others = {"run.json", "stages.json", "round-00/stages.json"}  # they say what was asked for
+    for name in set(reference.files) & set(whole) - others:
+        assert whole[name] == reference.files[name], name
+
+
 @pytest.mark.parametrize(
     ("fate", "left", "missing"),
     [

@@ -222,6 +222,25 @@ def test_detaching_one_of_several_leaves_the_others(tiny_qwen3: TinyModel) -> No
         close(logits_of(model), logits_by_hand(tiny_qwen3, adapters[:2]))
 
 
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_an_adapter_that_is_tried_acts_inside_alone(num_before: int, tiny: TinyModel) -> None:
+    student = load_student(str(tiny.folder), [], "cpu")
+    adapters = [random_adapter(student, f"r0{n}", [0, 1], 2, 4, seed=n) for n in range(3)]
+    for adapter in adapters[:num_before]:
+        student = student.grown(adapter)
+    with student.running() as model:
+        before = logits_of(model)
+    with pytest.raises(ZeroDivisionError), student.trying(adapters[2]) as tried:
+        with tried.running() as model:
+            acting = [*adapters[:num_before], adapters[2]]
+            close(logits_of(model), logits_by_hand(tiny, acting))
+        raise ZeroDivisionError
+    assert student.loaded.attached == student.names
+    assert not any(".r02." in key for key, _ in student.loaded.model.named_parameters())
+    with student.running() as model:
+        assert torch.equal(logits_of(model), before)
+
+
 def test_weights_in_the_model_are_those_of_the_artifact(tiny_qwen3: TinyModel) -> None:
     student, adapters = three(tiny_qwen3)
     for adapter in adapters:
