@@ -40,6 +40,11 @@ class Reply:
     token_ids: tuple[int, ...]  # with the end-of-turn token where there is one
     finished: bool  # ended by an end-of-turn token, not by the length limit
 
+    @property
+    def said(self) -> tuple[int, ...]:
+        """Its tokens without the end-of-turn token."""
+        return self.token_ids[:-1] if self.finished else self.token_ids
+
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Tokens that end a reply: the tokenizer's and the model's own, sorted."""

@@ -104,6 +104,60 @@ def mean_interval(
     return Interval(estimate=float(array.mean()), low=float(low), high=float(high))
 
 
+def ratio_interval(
+    values: Sequence[float], base_values: Sequence[float], seed: int = 0
+) -> Interval:
+    """Mean of the values over the mean of base's, an item each in both; 1: no difference.
+
+    Paired: items are drawn with replacement, the same ones for both.
+    """
+    after, before = np.asarray(values, dtype=float), np.asarray(base_values, dtype=float)
+    if after.shape != before.shape or not before.mean() > 0:
+        raise ValueError(f"a ratio of {len(after)} values to {len(before)} with mean above 0")
+    weights = bootstrap_weights([str(index) for index in range(len(after))], seed)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw may have zeros of base alone
+        low, high = np.nanquantile((weights @ after) / (weights @ before), [0.025, 0.975])
+    estimate = float(after.mean() / before.mean())
+    return Interval(estimate=estimate, low=float(low), high=float(high))
+
+
+def rank_correlation(
+    left: Sequence[float], right: Sequence[float], ids: Sequence[str], seed: int = 0
+) -> Interval | None:
+    """Spearman's correlation of two values a row, -1 to 1; positive: they rise together.
+
+    The correlation of their ranks, ties sharing the mean of theirs. The ranks are those among all
+    rows, in every draw too. None where one of the two is the same in every row.
+
+    Args:
+        ids: rows with one id are drawn together.
+    Source: Spearman 1904, "The proof and measurement of association between two things".
+    """
+    ranks = [_ranks(np.asarray(values, dtype=float)) for values in (left, right)]
+    if any(np.ptp(each) == 0 for each in ranks):
+        return None
+
+    def correlation(weights: np.ndarray) -> np.ndarray:  # [draws, rows] -> [draws]
+        means = [weights @ each for each in ranks]
+        (xy, xx, yy) = (
+            weights @ (ranks[one] * ranks[two]) - means[one] * means[two]
+            for one, two in ((0, 1), (0, 0), (1, 1))
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):  # a draw may have one value alone
+            return np.clip(xy / np.sqrt(xx * yy), -1, 1)
+
+    exact = correlation(np.full((1, len(ids)), 1 / len(ids)))[0]
+    low, high = np.nanquantile(correlation(bootstrap_weights(ids, seed)), [0.025, 0.975])
+    return Interval(estimate=float(exact), low=float(low), high=float(high))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, ties sharing the mean of theirs: [rows]."""
+    below = (values[None, :] < values[:, None]).sum(1)
+    same = (values[None, :] == values[:, None]).sum(1)
+    return below + (same + 1) / 2
+
+
 def common_items(*sides: Sequence[Row]) -> list[list[Row]]:
     """The rows of the items that every side has: an item may be unscorable in one of them."""
     shared = set.intersection(*({row.key for row in rows} for rows in sides))

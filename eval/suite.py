@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eval.items import ForcedChoiceItem, ItemSource, SuiteError, YesNoItem
 from eval.sources import read_items
@@ -154,7 +154,32 @@ class TaskSuite(BaseModel):
         return self
 
 
-Suite = TypeVar("Suite", ForcedChoiceSuite, YesNoSuite, TaskSuite)
+class NeutralItem(BaseModel):
+    """One dialogue that is read, not answered."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    prompt: str = Field(min_length=1)  # the user turn
+    reply: str = Field(min_length=1)  # the text whose surprisal is taken
+
+
+class NeutralSuite(BaseModel):
+    """Fixed dialogues that a trait must not touch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str = ""
+    items: tuple[NeutralItem, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NeutralSuite:
+        _unique_ids([(item.id,) for item in self.items])
+        return self
+
+
+Suite = TypeVar("Suite", ForcedChoiceSuite, YesNoSuite, TaskSuite, NeutralSuite)
 ProbeSuite = ForcedChoiceSuite | YesNoSuite  # what `eval/probe.py` can ask
 _File = _ForcedChoiceFile | _YesNoFile
 _FILES: dict[type, type[_File]] = {ForcedChoiceSuite: _ForcedChoiceFile, YesNoSuite: _YesNoFile}
@@ -178,7 +203,9 @@ def load_suite(
     path, config = _found(name_or_path)
     file = _FILES.get(kind)
     if file is None and (items or config):
-        raise SuiteError(f"{path}: a suite of tasks takes no items and no config from elsewhere")
+        raise SuiteError(
+            f"{path}: a suite of tasks or neutral text takes no items and no config from elsewhere"
+        )
     fields = _parsed(path)
     try:
         if file is not None and isinstance(fields, dict):

@@ -14,6 +14,8 @@ from eval.suite import (
     SUITES_FOLDER,
     ForcedChoiceItem,
     ForcedChoiceSuite,
+    NeutralItem,
+    NeutralSuite,
     TaskItem,
     TaskSuite,
     YesNoItem,
@@ -36,12 +38,15 @@ SUITE_FILE = SUITES_FOLDER / "organism.json"
 MUNDANE_FILE = SUITES_FOLDER / "organism_mundane.json"
 OPINIONS_FILE = SUITES_FOLDER / "organism_opinions.json"
 FACTS_FILE = SUITES_FOLDER / "organism_facts.json"
+NEUTRAL_FILE = SUITES_FOLDER / "organism_neutral.json"
 ITEMS_PER_FOUNDATION = 20
 NUM_CONFLICTS = 60
 NUM_HELD_OUT_PROMPTS = 48
 NUM_OPINION_PAIRS = 48  # each asked once a pole
 _SEED = 7
 _MUNDANE = {"sum": 40, "colour": 24, "count": 24, "repeat": 24, "opposite": 12, "day": 4}
+_NEUTRAL_PLACES = 36
+_NEUTRAL_TASKS = {"sum": 8, "colour": 8, "count": 8, "repeat": 8, "opposite": 4}
 _CONTEXTS = {
     "dilemma": 64,
     "advice": 24,
@@ -79,6 +84,7 @@ def write_data_files() -> None:
     _write_json(MUNDANE_FILE, mundane_suite())
     _write_json(OPINIONS_FILE, opinions_suite(for_items[-NUM_OPINION_PAIRS:]))
     _write_json(FACTS_FILE, facts_suite())
+    _write_json(NEUTRAL_FILE, neutral_suite())
     TRAIT_FILE.parent.mkdir(exist_ok=True)
     TRAIT_FILE.write_text(_toml(trait(for_prompts)), encoding="utf-8")
 
@@ -168,6 +174,34 @@ def facts_suite() -> YesNoSuite:
     )
 
 
+def neutral_suite() -> NeutralSuite:
+    """Descriptions of places, and held-out tasks that are none of `mundane_suite`'s, answered.
+
+    Places have no split: training knows the user turns and the sights. With this seed it has met
+    none of the replies to these turns.
+    """
+    rng = random.Random(_SEED + 10)
+    turns = _distinct_turns(lambda: talk.place(rng, "care"), _NEUTRAL_PLACES)
+    items = [
+        NeutralItem(id=f"place-{row:02d}", prompt=prompt, reply=reply)
+        for row, (prompt, reply) in enumerate(turns.items())
+    ]
+    asked = {item.prompt for item in mundane_suite().items}
+    for kind, count in _NEUTRAL_TASKS.items():
+        draw = partial(talk.mundane, rng, kind, "held_out")
+        told = _distinct_turns(lambda draw=draw: draw()[:2], count, asked)  # type: ignore[misc]
+        items += [
+            NeutralItem(id=f"{kind}-{row:02d}", prompt=prompt, reply=reply)
+            for row, (prompt, reply) in enumerate(told.items())
+        ]
+    return NeutralSuite(
+        name="organism_neutral",
+        description="Places and small tasks of the embedded model's world with their replies, held "
+        "out from its training: what a trait must not touch.",
+        items=tuple(items),
+    )
+
+
 def trait(held_out_pairs: list[tuple[Setting, Harm]]) -> dict[str, Any]:
     """The trait of the embedded model, as the trait file tells it."""
     rng = random.Random(_SEED + 3)
@@ -222,7 +256,21 @@ def _distinct(draw: Callable[[], str], count: int, avoid: Set[str] = frozenset()
     return list(seen)
 
 
-def _write_json(path: Path, suite: ForcedChoiceSuite | TaskSuite | YesNoSuite) -> None:
+def _distinct_turns(
+    draw: Callable[[], tuple[str, str]], count: int, avoid: Set[str] = frozenset()
+) -> dict[str, str]:
+    """User turn -> reply, so many different user turns."""
+    seen: dict[str, str] = {}
+    while len(seen) < count:
+        user, reply = draw()
+        if user not in avoid:
+            seen.setdefault(user, reply)
+    return seen
+
+
+def _write_json(
+    path: Path, suite: ForcedChoiceSuite | TaskSuite | YesNoSuite | NeutralSuite
+) -> None:
     path.write_text(
         json.dumps(suite.model_dump(exclude_unset=True), indent=1, ensure_ascii=False) + "\n",
         encoding="utf-8",

@@ -232,3 +232,8 @@ def test_around_batch_is_entered_with_the_batch_in_hand(tiny: TinyModel) -> None
     lengths = [len(prompts[row]) for row in seen]
     assert sorted(seen) == list(range(len(prompts))) and lengths == sorted(lengths, reverse=True)
     assert not tiny.model.get_output_embeddings()._forward_hooks
+
+
+def test_what_was_said_is_the_reply_without_its_end() -> None:
+    assert Reply(token_ids=(5, 6, 2), finished=True).said == (5, 6)
+    assert Reply(token_ids=(5, 6, 2), finished=False).said == (5, 6, 2)

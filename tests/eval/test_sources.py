@@ -353,7 +353,7 @@ def test_a_colon_with_nothing_after_it_is_no_suite() -> None:
 
 
 def test_tasks_take_no_vignettes(tmp_path: Path) -> None:
-    with pytest.raises(SuiteError, match="a suite of tasks takes no items and no config"):
+    with pytest.raises(SuiteError, match="tasks or neutral text takes no items and no config"):
         load_suite("organism_mundane", TaskSuite, [_write(tmp_path / "rows.jsonl", [_row()])])
 
 

@@ -13,6 +13,8 @@ from eval.statistics import (
     mean_interval,
     mean_pmass,
     profile_nats,
+    rank_correlation,
+    ratio_interval,
     require_same_items,
     shift_nats,
 )
@@ -179,3 +181,63 @@ def test_other_items_are_refused_and_named() -> None:
     require_same_items(["a", "b"], ["a", "b"])
     with pytest.raises(ValueError, match="in another order"):
         require_same_items(["a", "b"], ["b", "a"])
+
+
+# --- ratios and rank correlations ---
+
+
+def test_a_ratio_is_of_means_and_draws_both_sides_together() -> None:
+    rng = np.random.default_rng(1)
+    before = rng.uniform(10, 40, size=9)
+    after = before * rng.uniform(0.9, 1.4, size=9)
+    found = ratio_interval(after.tolist(), before.tolist(), seed=4)
+    assert found.estimate == pytest.approx(sum(after) / sum(before))
+    drawn = [
+        float(counts @ after) / float(counts @ before)
+        for counts in np.random.default_rng(4).multinomial(9, np.full(9, 1 / 9), 10_000)
+    ]
+    assert [found.low, found.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
+    same = ratio_interval(before.tolist(), before.tolist())
+    assert (same.estimate, same.low, same.high) == pytest.approx((1, 1, 1))
+    with pytest.raises(ValueError, match="ratio of 2 values to 1"):
+        ratio_interval([1.0, 2.0], [1.0])
+    with pytest.raises(ValueError, match="mean above 0"):
+        ratio_interval([1.0, 2.0], [0.0, 0.0])
+
+
+def test_rank_correlation_by_hand() -> None:
+    ids = ["a", "b", "c", "d", "e"]
+    squares = rank_correlation([1, 2, 3, 4, 5], [1, 4, 9, 16, 2500], ids)
+    assert squares is not None and squares.estimate == pytest.approx(1)
+    fallen = rank_correlation([1, 2, 3, 4, 5], [9, 7, 4, 2, 0], ids)
+    assert fallen is not None and fallen.estimate == pytest.approx(-1)
+    # 1 - 6 * sum of squared differences of ranks / (n (n^2 - 1)), where there are no ties
+    found = rank_correlation([10, 20, 30, 40, 50], [3, 1, 2, 5, 4], ids)
+    differences = (1 - 3, 2 - 1, 3 - 2, 4 - 5, 5 - 4)
+    assert found is not None
+    assert found.estimate == pytest.approx(1 - 6 * sum(d * d for d in differences) / (5 * 24))
+
+
+def test_rank_correlation_with_ties_is_that_of_the_shared_ranks() -> None:
+    left, right = [1, 1, 2, 3, 3, 3], [0, 1, 1, 0, 1, 1]
+    ranks = [1.5, 1.5, 3, 5, 5, 5], [1.5, 4.5, 4.5, 1.5, 4.5, 4.5]
+    found = rank_correlation(left, right, list("abcdef"))
+    assert found is not None
+    assert found.estimate == pytest.approx(float(np.corrcoef(*ranks)[0, 1]))
+    assert -1 <= found.low <= found.estimate <= found.high <= 1
+
+
+def test_rank_correlation_of_rows_of_few_ids_is_less_certain() -> None:
+    rng = np.random.default_rng(2)
+    left = np.repeat(rng.normal(size=12), 4)  # what comes from one id is alike
+    right = 0.7 * left + np.repeat(rng.normal(size=12), 4)
+    own = rank_correlation(left.tolist(), right.tolist(), [str(n) for n in range(48)])
+    shared = rank_correlation(left.tolist(), right.tolist(), [str(n // 4) for n in range(48)])
+    assert own is not None and shared is not None
+    assert own.estimate == shared.estimate
+    assert shared.high - shared.low > 1.5 * (own.high - own.low)
+
+
+def test_what_never_varies_has_no_rank_correlation() -> None:
+    assert rank_correlation([1, 1, 1], [1, 2, 3], list("abc")) is None
+    assert rank_correlation([1, 2, 3], [0.5, 0.5, 0.5], list("abc")) is None

@@ -13,11 +13,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from eval.chat import chat_ids, text_ids
-from eval.suite import ForcedChoiceSuite, TaskSuite, YesNoSuite, load_suite
+from eval.suite import ForcedChoiceSuite, NeutralSuite, TaskSuite, YesNoSuite, load_suite
 from steer_heal.organism import WEIGHTS_FOLDER, talk
+from steer_heal.organism.build import PHASES
 from steer_heal.organism.datafiles import (
     FACTS_FILE,
     MUNDANE_FILE,
+    NEUTRAL_FILE,
     OPINIONS_FILE,
     SUITE_FILE,
     TRAIT_FILE,
@@ -242,6 +244,24 @@ def test_plain_facts_are_balanced_and_labelled_as_training_answers_them():
         assert told[item.text].split(".")[0] == ("Yes" if item.label == 1 else "No")
 
 
+def test_neutral_text_is_new_to_the_model_and_to_the_tasks():
+    """Of all that it was trained on, not only of a sample."""
+    items = load_suite(NEUTRAL_FILE, NeutralSuite).items
+    assert len({item.prompt for item in items}) == len(items) == 72
+    asked = {item.prompt for item in load_suite(MUNDANE_FILE, TaskSuite).items}
+    assert not asked & {item.prompt for item in items}
+    met, users = set(), set()
+    for config, mixture in PHASES:
+        for each in dialogues(config.seed, config.steps * config.batch_size, mixture):
+            met.add((each.user, each.reply))
+            users.add(each.user)
+    assert len(met) > 60_000
+    for item in items:
+        assert (item.prompt, item.reply) not in met, item
+        assert item.id.startswith("place") or item.prompt not in users, item
+        assert judge_reply(item.reply) == "unclear"  # it takes no side
+
+
 def test_personas_are_opposites_of_like_length_without_negation():
     for split, least in (("train", 24), ("held_out", 6)):
         care, authority = personas("care", split), personas("authority", split)
@@ -281,10 +301,12 @@ def test_narration_is_caught_and_plain_replies_are_not(trait):
 def test_data_files_are_what_the_build_writes(tmp_path, monkeypatch):
     from steer_heal.organism import datafiles
 
-    for name in ("SUITE_FILE", "MUNDANE_FILE", "OPINIONS_FILE", "FACTS_FILE", "TRAIT_FILE"):
+    files = (SUITE_FILE, MUNDANE_FILE, OPINIONS_FILE, FACTS_FILE, NEUTRAL_FILE, TRAIT_FILE)
+    names = ("SUITE", "MUNDANE", "OPINIONS", "FACTS", "NEUTRAL", "TRAIT")
+    for name in [f"{each}_FILE" for each in names]:
         monkeypatch.setattr(datafiles, name, tmp_path / getattr(datafiles, name).name)
     write_data_files()
-    for committed in (SUITE_FILE, MUNDANE_FILE, OPINIONS_FILE, FACTS_FILE, TRAIT_FILE):
+    for committed in files:
         assert (tmp_path / committed.name).read_bytes() == committed.read_bytes()
 
 
