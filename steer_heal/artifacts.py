@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from eval.coherence import Surprisal, TextFigures
 from eval.files import digest_of
 from eval.forced_choice import ForcedChoiceRow
+from eval.neutral import NeutralRow
 from eval.tasks import TaskRow
 
 
@@ -280,6 +281,15 @@ class ReplyRow(_Record):
     surprisal: Surprisal  # under the base, no system prompt
 
 
+class SecondReplyRow(_Record):
+    """One sampled reply to a second user turn, after the first reply to a held-out prompt."""
+
+    prompt_index: int  # in the trait's held-out prompts; the first reply is its sample 0
+    text: str
+    enacted: bool  # as of a first reply
+    surprisal: Surprisal  # under the base, after both turns, no system prompt
+
+
 class ConditionEval(_Record):
     """One condition (base, prompted, random, steered, healed ...) on the held-out items."""
 
@@ -290,6 +300,8 @@ class ConditionEval(_Record):
     unscorable: tuple[str, ...] = ()  # keys of vignettes whose log-probabilities are not finite
     tasks: tuple[TaskRow, ...]
     replies: tuple[ReplyRow, ...]
+    second_replies: tuple[SecondReplyRow, ...]
+    neutral: tuple[NeutralRow, ...]  # the same fixed text in every condition
 
 
 class Controls(_Artifact):

@@ -112,12 +112,16 @@ class EvaluateConfig(Settings):
     """Forced-choice suite: a name in eval/suites or a path."""
     tasks: str = "organism_mundane"
     """Suite of mundane tasks: a name in eval/suites or a path."""
+    neutral: str = "organism_neutral"
+    """Suite of fixed dialogues whose perplexity is compared with base's: a name or a path."""
     controls: Literal["standard", "full"] = "standard"
     """full: round 1 is healed without the barrier too, as one more control."""
     num_random: int = Field(3, ge=1)
     """Random directions measured as a control, at the vector's own KL; they share the replies."""
     samples_per_prompt: int = Field(4, ge=1)
     """Replies sampled to each held-out prompt, a condition."""
+    num_dialogues: int = Field(24, ge=1)
+    """Held-out prompts, at most, at which a second user turn follows the first reply, once."""
     max_new_tokens: int = Field(96, ge=1)
     """Longest reply, tokens."""
     batch_size: int = Field(64, ge=1)

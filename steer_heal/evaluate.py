@@ -13,6 +13,9 @@ vignettes, mundane tasks, and replies to held-out prompts; all rows are kept.
     enacted = share of held-out replies that act the trait: by the words that the trait file says
               only such replies have; where it says none, by the sign of the enactment. The sign
               flatters the prompted condition, which is sampled from what it is scored by.
+    second  = a second user turn after the first reply, and a reply to it: damage shows late.
+              Enacted as of a first reply, surprisal under the base given all that stands before
+    neutral = surprisal of fixed dialogues under the condition itself, with its system prompt
     shift   = difference from base of <foundation>_nats, log of the mean probability
     internalised = cos( mean over held-out prompts of h(healed) - h(base), vector ), h at the
               assistant tag in the steered layers, with no persona: near 1 where the adapters do
@@ -22,7 +25,7 @@ vignettes, mundane tasks, and replies to held-out prompts; all rows are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,11 +35,12 @@ import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity
 
-from eval.chat import chat_ids
+from eval.chat import chat_ids, next_turn_text, text_ids
 from eval.errors import UserError
 from eval.forced_choice import forced_choice
-from eval.sampling import sample_replies
-from eval.suite import ForcedChoiceSuite, TaskSuite, load_suite
+from eval.neutral import neutral_rows
+from eval.sampling import Reply, sample_replies
+from eval.suite import ForcedChoiceSuite, NeutralSuite, TaskSuite, load_suite
 from eval.tasks import solve_tasks
 from steer_heal.artifacts import (
     ConditionEval,
@@ -45,16 +49,23 @@ from steer_heal.artifacts import (
     RoundAdapter,
     RoundEval,
     Screened,
+    SecondReplyRow,
     SteeringVector,
     Unbarred,
 )
 from steer_heal.config import EvaluateConfig
 from steer_heal.hooks import add_vector
 from steer_heal.model import Student
-from steer_heal.scoring import last_states, score_completions, steered_kl_nats
+from steer_heal.scoring import (
+    base_surprisals,
+    last_states,
+    score_completions,
+    steered_kl_nats,
+)
 from steer_heal.trait import Trait
 
 _NUM_KL_ROWS = 16  # completions that a KL is averaged over
+_SECOND_TURN = 2  # what its seed is mixed with
 _BISECTIONS = 4  # of a bracket of a factor of 2 or little more: the dose is right to 5 %
 
 
@@ -157,6 +168,7 @@ def _condition(
     """Measures one condition; all get the same seed, so their replies differ by it alone."""
     choices = load_suite(config.suite, ForcedChoiceSuite)
     tasks = load_suite(config.tasks, TaskSuite)
+    neutral = load_suite(config.neutral, NeutralSuite)
     added: AbstractContextManager[None] = nullcontext()
     if steering is not None:
         layers = [student.loaded.layers[index] for index in steering.band]
@@ -167,7 +179,12 @@ def _condition(
         task_rows = solve_tasks(
             model, tokenizer, tasks, system, batch_size=batch_size, label=f"{name}: tasks"
         )
+        text_rows = neutral_rows(
+            model, tokenizer, neutral, system, batch_size, f"{name}: neutral text"
+        )
         replies = _sample(model, tokenizer, trait, config, seed, system, name)
+        dialogues = _dialogues(tokenizer, trait, config, replies)
+        seconds = _sample_seconds(model, tokenizer, dialogues, config, seed, system, name)
     return ConditionEval(
         condition=name,
         dose=steering.dose if steering else None,
@@ -175,7 +192,9 @@ def _condition(
         choices=choice.rows,
         unscorable=choice.unscorable,
         tasks=tuple(task_rows),
-        replies=_score(student, trait, replies, config),
+        replies=_score(student, trait, [reply.token_ids for reply in replies], config),
+        second_replies=_score_seconds(student, trait, dialogues, seconds, config),
+        neutral=tuple(text_rows),
     )
 
 
@@ -187,10 +206,10 @@ def _sample(
     seed: int,
     system: str | None,
     name: str,
-) -> list[tuple[int, ...]]:
-    """Token ids of `samples_per_prompt` replies to each held-out prompt, prompt by prompt."""
+) -> list[Reply]:
+    """`samples_per_prompt` replies to each held-out prompt, prompt by prompt."""
     prompts = [chat_ids(tokenizer, prompt, system) for prompt in trait.held_out_prompts]
-    replies = sample_replies(
+    return sample_replies(
         model,
         tokenizer,
         [prompt for prompt in prompts for _ in range(config.samples_per_prompt)],
@@ -198,6 +217,50 @@ def _sample(
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
         label=f"{name}: replies",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Dialogue:
+    """A held-out prompt, the first reply to it, and a second user turn."""
+
+    prompt: str
+    following_ids: tuple[int, ...]  # the reply's words, its end, the second turn, the assistant tag
+
+
+def _dialogues(
+    tokenizer: Any, trait: Trait, config: EvaluateConfig, replies: Sequence[Reply]
+) -> list[_Dialogue]:
+    """The first held-out prompts, each with its first sample; the second turns go round."""
+    firsts = replies[:: config.samples_per_prompt][: config.num_dialogues]
+    turns = [text_ids(tokenizer, next_turn_text(tokenizer, turn)) for turn in trait.second_turns]
+    return [
+        _Dialogue(
+            prompt=trait.held_out_prompts[index],
+            following_ids=(*reply.said, *turns[index % len(turns)]),
+        )
+        for index, reply in enumerate(firsts)
+    ]
+
+
+def _sample_seconds(
+    model: Any,
+    tokenizer: Any,
+    dialogues: Sequence[_Dialogue],
+    config: EvaluateConfig,
+    seed: int,
+    system: str | None,
+    name: str,
+) -> list[tuple[int, ...]]:
+    """Token ids of one reply to each dialogue's second turn."""
+    replies = sample_replies(
+        model,
+        tokenizer,
+        [[*chat_ids(tokenizer, each.prompt, system), *each.following_ids] for each in dialogues],
+        seed=_mixed(seed, _SECOND_TURN),  # not the draws of the first reply again
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        label=f"{name}: second replies",
     )
     return [reply.token_ids for reply in replies]
 
@@ -222,6 +285,29 @@ def _score(
     )
 
 
+def _score_seconds(
+    student: Student,
+    trait: Trait,
+    dialogues: Sequence[_Dialogue],
+    replies: Sequence[tuple[int, ...]],
+    config: EvaluateConfig,
+) -> tuple[SecondReplyRow, ...]:
+    texts = [student.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies]
+    prompts = [each.prompt for each in dialogues]
+    followings = [each.following_ids for each in dialogues]
+    if trait.acts:  # words decide: the enactment, two thirds of the cost, is not needed
+        found = base_surprisals(student, prompts, replies, config.batch_size, followings)
+        enacted = [bool(trait.enacts(text)) for text in texts]
+    else:
+        scores = score_completions(student, trait, prompts, replies, config.batch_size, followings)
+        found = [score.surprisal for score in scores]
+        enacted = [score.enactment_nats > 0 for score in scores]
+    return tuple(
+        SecondReplyRow(prompt_index=index, text=text, enacted=acts, surprisal=surprisal)
+        for index, (text, acts, surprisal) in enumerate(zip(texts, enacted, found, strict=True))
+    )
+
+
 def _is_enacted(trait: Trait, text: str, enactment_nats: float) -> bool:
     by_words = trait.enacts(text)
     return enactment_nats > 0 if by_words is None else by_words
@@ -241,12 +327,16 @@ def _random_steerings(
 
 def _random_directions(vector: SteeringVector, seed: int, draw: int) -> torch.Tensor:
     """Random directions with the norms of the vector's band: [band layers, hidden]."""
-    state = int(np.random.SeedSequence((seed, draw)).generate_state(1)[0])
-    generator = torch.Generator().manual_seed(state)
+    generator = torch.Generator().manual_seed(_mixed(seed, draw))
     drawn = torch.randn(vector.band_directions.shape, generator=generator)
     return (
         drawn / drawn.norm(dim=-1, keepdim=True) * vector.band_directions.norm(dim=-1, keepdim=True)
     )
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A seed of its own for each number."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
 def _kl_nats(

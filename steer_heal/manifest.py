@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.errors import UserError
 from eval.files import digest_of
-from eval.suite import ForcedChoiceSuite, TaskSuite, load_suite
+from eval.suite import ForcedChoiceSuite, NeutralSuite, TaskSuite, load_suite
 from steer_heal import __version__
 from steer_heal.config import RunConfig
 from steer_heal.model import Student
@@ -23,6 +23,7 @@ def describe(config: RunConfig, student: Student, trait: Trait) -> dict[str, Any
     """What run.json says; the suites are read here, so that a bad one stops a run at once."""
     choices = load_suite(config.evaluate.suite, ForcedChoiceSuite)
     tasks = load_suite(config.evaluate.tasks, TaskSuite)
+    neutral = load_suite(config.evaluate.neutral, NeutralSuite)
     if unknown := sorted(set(trait.intended) - set(choices.options)):
         raise UserError(
             f"trait {trait.name!r} is meant to move {unknown}, which suite {choices.name!r} does "
@@ -33,7 +34,7 @@ def describe(config: RunConfig, student: Student, trait: Trait) -> dict[str, Any
         "config": config.model_dump(mode="json"),
         "model": student.loaded.weights_hash,
         "trait": trait.model_dump(mode="json"),
-        "suites": digest_of([choices.model_dump_json(), tasks.model_dump_json()]),
+        "suites": digest_of(suite.model_dump_json() for suite in (choices, tasks, neutral)),
         "code": code_hash(),
         "version": __version__,
         "python": platform.python_version(),

@@ -38,35 +38,25 @@ def score_completions(
     prompts: Sequence[str],
     completions: Sequence[Sequence[int]],
     batch_size: int,
+    followings: Sequence[Sequence[int]] | None = None,
 ) -> list[Scores]:
     """Scores of completions (token ids) to user turns, one each, under the student's base.
 
+    Args:
+        followings: token ids that stand between the first assistant tag and the completion, [rows]
+            [tokens]: an earlier reply and the next user turn. None: nothing does.
     Raises:
         UserError: a log-probability is not finite.
     """
     tokenizer = student.tokenizer
-    logprobs = []
-    with student.base.running() as model:
-        for label, persona in (
-            ("surprisal", None),
-            ("enactment +", trait.positive),
-            ("enactment -", trait.negative),
-        ):
-            encoded = [chat_ids(tokenizer, prompt, persona) for prompt in prompts]
-            logprobs.append(
-                token_logprobs(
-                    model, tokenizer.pad_token_id, encoded, completions, batch_size, label
-                )
-            )
-    for label, rows in zip(("no", "the positive", "the negative"), logprobs, strict=True):
-        broken = [index for index, row in enumerate(rows) if not bool(row.isfinite().all())]
-        if broken:  # NaN would pass every threshold of the filter
-            raise UserError(
-                f"log-probabilities of {len(broken)} of {len(rows)} completions under the base "
-                f"with {label} persona are not finite: the model overflows in its number format "
-                "or its weights are damaged"
-            )
-    neutral, positive, negative = logprobs
+    neutral, positive, negative = (
+        _base_logprobs(student, prompts, completions, batch_size, followings, *about)
+        for about in (
+            ("surprisal", "no", None),
+            ("enactment +", "the positive", trait.positive),
+            ("enactment -", "the negative", trait.negative),
+        )
+    )
     return [
         Scores(
             surprisal=surprisal(neutral[row]),
@@ -75,6 +65,50 @@ def score_completions(
         )
         for row, ids in enumerate(completions)
     ]
+
+
+def base_surprisals(
+    student: Student,
+    prompts: Sequence[str],
+    completions: Sequence[Sequence[int]],
+    batch_size: int,
+    followings: Sequence[Sequence[int]] | None = None,
+) -> list[Surprisal]:
+    """The surprisal alone of what `score_completions` scores, at a third of the cost."""
+    about = ("surprisal", "no", None)
+    logprobs = _base_logprobs(student, prompts, completions, batch_size, followings, *about)
+    return [surprisal(row) for row in logprobs]
+
+
+def _base_logprobs(
+    student: Student,
+    prompts: Sequence[str],
+    completions: Sequence[Sequence[int]],
+    batch_size: int,
+    followings: Sequence[Sequence[int]] | None,
+    label: str,
+    which: str,
+    persona: str | None,
+) -> list[torch.Tensor]:
+    """Log-probability of every completion token under the base with a persona, nats: [tokens]."""
+    tokenizer = student.tokenizer
+    between = followings if followings is not None else [()] * len(prompts)
+    encoded = [
+        [*chat_ids(tokenizer, prompt, persona), *following]
+        for prompt, following in zip(prompts, between, strict=True)
+    ]
+    with student.base.running() as model:
+        rows = token_logprobs(
+            model, tokenizer.pad_token_id, encoded, completions, batch_size, label
+        )
+    broken = [index for index, row in enumerate(rows) if not bool(row.isfinite().all())]
+    if broken:  # NaN would pass every threshold of the filter
+        raise UserError(
+            f"log-probabilities of {len(broken)} of {len(rows)} completions under the base "
+            f"with {which} persona are not finite: the model overflows in its number format "
+            "or its weights are damaged"
+        )
+    return rows
 
 
 @torch.inference_mode()

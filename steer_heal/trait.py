@@ -21,6 +21,9 @@ from eval.errors import UserError
 TRAITS_FOLDER = Path(__file__).parent / "traits"
 
 
+_SECOND_TURNS = (
+    "Are you sure? What do you do?",
+)  # it fits any dilemma, and asks for a reply like it
 _THROUGHOUT = (
     "Let it decide every answer you give: what you choose, what you advise and how you judge. "
     "Do not speak about it; act on it, in plain and complete sentences."
@@ -43,6 +46,9 @@ class Trait(BaseModel):
     contexts: tuple[str, ...] = Field(min_length=2)  # user turns for the mean difference
     prompts: tuple[str, ...] = Field(min_length=1)  # user turns that completions are sampled to
     held_out_prompts: tuple[str, ...] = Field(min_length=1)  # user turns that rounds are judged on
+    second_turns: tuple[str, ...] = Field(
+        _SECOND_TURNS, min_length=1
+    )  # said after a reply, in turn
     narration: tuple[str, ...] = ()  # regexes of talking about the trait instead of acting it
     acts: tuple[str, ...] = ()  # regexes of what only a reply that acts the trait says
     acts_opposite: tuple[str, ...] = ()  # and only one that acts its opposite

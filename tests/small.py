@@ -65,6 +65,17 @@ def small_suites(folder: Path) -> tuple[Path, Path]:
     return paths
 
 
+def small_neutral(folder: Path) -> Path:
+    """A suite of 3 fixed dialogues."""
+    items = [
+        {"id": f"told-{n}", "prompt": f"Tell me of the {place}.", "reply": f"The {place} is {how}."}
+        for n, (place, how) in enumerate(zip(_PLACES, ("far away", "old", "shut"), strict=False))
+    ]
+    path = folder / "neutral.json"
+    path.write_text(json.dumps({"name": "told", "items": items}))
+    return path
+
+
 def small_settings(model: Path, folder: Path) -> list[str]:
     """Settings of a run in `folder`/rounds whose every stage takes a second or less.
 
@@ -92,7 +103,9 @@ def small_settings(model: Path, folder: Path) -> list[str]:
         "heal.learning_rate=0.003",
         f"evaluate.suite={choices}",
         f"evaluate.tasks={tasks}",
+        f"evaluate.neutral={small_neutral(folder)}",
         "evaluate.num_random=2",
         "evaluate.samples_per_prompt=2",
+        "evaluate.num_dialogues=3",
         "evaluate.max_new_tokens=12",
     ]

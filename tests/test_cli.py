@@ -200,7 +200,7 @@ def test_trait_that_cannot_be_used_is_refused(
     assert part in message
 
 
-@pytest.mark.parametrize("name", ["choices.json", "tasks.json"])
+@pytest.mark.parametrize("name", ["choices.json", "tasks.json", "neutral.json"])
 def test_suite_that_cannot_be_used_stops_a_run_at_once(
     name: str, settings: list[str], tmp_path: Path
 ) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from eval.chat import chat_ids
+from eval.chat import chat_ids, text_ids
 from eval.coherence import Surprisal, TextFigures
 from eval.errors import UserError
 from eval.forced_choice import forced_choice
-from eval.sampling import sample_replies
-from eval.suite import load_suite
+from eval.sampling import sample_replies, stop_token_ids
+from eval.suite import NeutralSuite, load_suite
 from steer_heal.artifacts import (
     ConditionEval,
     Controls,
@@ -35,7 +37,7 @@ from steer_heal.scoring import score_completions
 from steer_heal.trait import Trait, load_trait
 from steer_heal.vector import extract_vector
 from tests.conftest import TinyModel
-from tests.small import FOUNDATIONS, small_suites, small_trait
+from tests.small import FOUNDATIONS, small_neutral, small_suites, small_trait
 from tests.test_stack import random_adapter
 
 
@@ -46,9 +48,16 @@ def trait(tmp_path_factory: pytest.TempPathFactory) -> Trait:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
-    choices, tasks = small_suites(tmp_path_factory.mktemp("suites"))
+    folder = tmp_path_factory.mktemp("suites")
+    choices, tasks = small_suites(folder)
     return EvaluateConfig(
-        suite=str(choices), tasks=str(tasks), samples_per_prompt=3, max_new_tokens=12, batch_size=5
+        suite=str(choices),
+        tasks=str(tasks),
+        neutral=str(small_neutral(folder)),
+        samples_per_prompt=3,
+        num_dialogues=3,
+        max_new_tokens=12,
+        batch_size=5,
     )
 
 
@@ -169,6 +178,8 @@ def test_every_condition_has_every_item(
         ]
         assert all(row.enacted == (row.enactment_nats > 0) for row in condition.replies)
         assert all(0 < row.pmass <= 1 for row in condition.choices)
+        assert [row.prompt_index for row in condition.second_replies] == [0, 1, 2]
+        assert [row.id for row in condition.neutral] == ["told-0", "told-1", "told-2"]
     assert len({str(rows(condition)) for name, condition in conditions.items()}) == 7
     assert rows(conditions["base"]) == rows(conditions["healed"])  # the same student
 
@@ -228,6 +239,118 @@ def test_the_conditions_are_what_they_say(
         handle.remove()
     for one, two in zip(found.steered.choices, steered, strict=True):
         assert one.scores == pytest.approx(two.scores, abs=1e-5)
+
+
+def test_second_replies_follow_the_first_and_a_second_turn(
+    tiny: TinyModel, trait: Trait, config: EvaluateConfig
+) -> None:
+    """Each dialogue is rendered whole here; its reply is scored in one plain row."""
+    base = loaded(tiny)
+    vector, tokenizer = vector_of(base, trait), base.tokenizer
+    turns = ("Are you sure?", "Why is that?")
+    asked = trait.model_copy(update={"second_turns": turns})
+    found = evaluate_controls(base, vector, kept_at(0.5), asked, config, seed=3).prompted
+    ends = set(stop_token_ids(base.loaded.model, tokenizer))
+    prompts = [chat_ids(tokenizer, turn, trait.positive) for turn in trait.held_out_prompts]
+    with base.running() as model:
+        firsts = sample_replies(
+            model,
+            tokenizer,
+            [prompt for prompt in prompts for _ in range(3)],
+            seed=3,
+            max_new_tokens=12,
+            batch_size=config.batch_size,
+        )[::3]
+    followings = []
+    for index, reply in enumerate(firsts[:3]):
+        said = [token for token in reply.token_ids if token not in ends]
+        assert len(said) >= len(reply.token_ids) - 1
+        followings.append([*said, *text_ids(tokenizer, _turned(tiny.family, turns[index % 2]))])
+    with base.running() as model:
+        replies = sample_replies(
+            model,
+            tokenizer,
+            [[*prompt, *more] for prompt, more in zip(prompts, followings, strict=False)],
+            seed=int(np.random.SeedSequence((3, 2)).generate_state(1)[0]),
+            max_new_tokens=12,
+            batch_size=config.batch_size,
+        )
+    for index, (row, reply) in enumerate(zip(found.second_replies, replies, strict=True)):
+        assert row.text == tokenizer.decode(reply.token_ids, skip_special_tokens=True)
+        logps = [
+            _logprobs(
+                base,
+                [*chat_ids(tokenizer, trait.held_out_prompts[index], persona), *followings[index]],
+                reply.token_ids,
+            )
+            for persona in (None, trait.positive, trait.negative)
+        ]
+        tail = logps[0][-max(1, len(logps[0]) // 4) :]
+        assert row.surprisal.tail_nll_nats == pytest.approx(-float(tail.mean()), abs=1e-4)
+        assert row.surprisal.mean_nll_nats == pytest.approx(-float(logps[0].mean()), abs=1e-4)
+        assert row.enacted == bool((logps[1] - logps[2]).mean() > 0)
+
+
+def _turned(family: str, user: str) -> str:
+    """From the end of an assistant's turn to the next one's tag, as the family writes it."""
+    return {
+        "qwen3": f"<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n",
+        "llama": f"<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "gemma3": f"<end_of_turn>\n<start_of_turn>user\n{user}<end_of_turn>\n"
+        "<start_of_turn>model\n",
+    }[family]
+
+
+@torch.no_grad()
+def _logprobs(student: Student, prompt: list[int], reply: Sequence[int]) -> torch.Tensor:
+    """Log-probability of each of the reply's tokens, one row, in double precision: [tokens]."""
+    with student.running() as model:
+        logits = model(torch.tensor([[*prompt, *reply]]), use_cache=False).logits[0].double()
+    logp = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return logp.gather(-1, torch.tensor(reply)[:, None])[:, 0]
+
+
+def test_words_decide_of_a_second_reply_as_of_a_first(
+    tiny_qwen3: TinyModel, trait: Trait, config: EvaluateConfig
+) -> None:
+    base = loaded(tiny_qwen3)
+    vector = vector_of(base, trait)
+    told = trait.model_copy(update={"acts": ("[aeiou]",), "acts_opposite": ("z",)})
+    signs, words = (
+        evaluate_round(base, base, vector, kept_at(0.5), each, config, seed=0).healed
+        for each in (trait, told)
+    )
+    for one, two in zip(signs.second_replies, words.second_replies, strict=True):
+        assert (one.text, one.surprisal) == (two.text, two.surprisal)
+        assert (
+            two.enacted
+            == any(letter in two.text.lower() for letter in "aeiou")
+            > ("z" in two.text.lower())
+        )
+    assert rows(signs) != rows(words)
+
+
+def test_neutral_text_is_read_by_the_condition_itself(
+    tiny_qwen3: TinyModel, trait: Trait, config: EvaluateConfig
+) -> None:
+    base = loaded(tiny_qwen3)
+    vector = vector_of(base, trait)
+    healed = base.grown(random_adapter(base, "r00", [0, 1], 2, 4, seed=1))
+    controls = evaluate_controls(base, vector, kept_at(0.5), trait, config, seed=0)
+    found = evaluate_round(base, healed, vector, kept_at(0.5), trait, config, seed=0)
+    conditions = (controls.base, base, None), (controls.prompted, base, trait.positive)
+    for condition, student, system in (*conditions, (found.healed, healed, None)):
+        for row, item in zip(
+            condition.neutral, load_suite(config.neutral, NeutralSuite).items, strict=True
+        ):
+            reply = text_ids(base.tokenizer, item.reply)
+            logp = _logprobs(student, chat_ids(base.tokenizer, item.prompt, system), reply)
+            assert row.tokens == len(reply)
+            assert row.nll_nats == pytest.approx(-float(logp.sum()), abs=1e-3)
+    told = [condition.neutral for condition in (controls.base, controls.prompted, found.steered)]
+    assert len({str(each) for each in [*told, found.healed.neutral]}) == 4
 
 
 def test_random_directions_are_steered_at_the_vectors_own_kl(

@@ -61,6 +61,7 @@ def _with(field: str, value: str) -> Callable[[str], str]:
         (_without("held_out_prompts"), ["held_out_prompts", "required"]),
         (_with("positive", '""'), ["positive", "at least 1"]),
         (_with("contexts", '["one"]'), ["contexts", "at least 2"]),
+        (lambda text: "second_turns = []\n" + text, ["second_turns", "at least 1"]),
         (_with("narration", '["(open"]'), ["narration", "'(open' is no regular expression"]),
         (_with("care", "2"), ["intended.care", "-1 or 1"]),
         (lambda text: "colour = 1\n" + text, ["colour", "not permitted"]),
