@@ -3,6 +3,7 @@
 Beside the figures of the conditions (saved.py):
 
     retention     trait shift healed / trait shift steered: near 1 healed, near 0 undone
+    stretched     the replies' words over base's are off 1 by more than a tenth and than chance
     coherent      every vignette can be scored, pmass >= 0.99 of base's, and the median tail
                   surprisal of the replies at most the 95th percentile of the base's own unsteered
                   completions
@@ -36,6 +37,7 @@ from steer_heal.saved import (
     SavedRound,
     SavedRun,
     condition_figures,
+    length_correlation,
     read_saved_run,
 )
 
@@ -44,8 +46,9 @@ TEMPLATES_FOLDER = Path(__file__).parent / "templates"
 PMASS_GATE = 0.99  # share of base's
 RETENTION_GATE = 0.3  # below: undone
 MUNDANE_DROP = 0.01  # a larger one is a loss; share of the tasks
+LENGTH_GATE = 0.1  # longer or shorter than base's by more: a confound. Prompts move it by 1 to 4 %
 NUM_DIARY_PROMPTS = 6
-UNBARRED = "round 1, healed without the barrier"
+UNBARRED = "round 1, no barrier"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,8 @@ class Report:
     rounds: tuple[RoundFigures, ...]
     tail_low_nats: float  # 5th percentile of the base's own completions
     tail_high_nats: float  # 95th
+    second_tail_high_nats: float  # 95th percentile of base's second replies
+    length_correlation: Interval | None  # of base's replies with their enactment, -1 to 1
 
     @property
     def intended(self) -> list[str]:
@@ -134,6 +139,22 @@ class Report:
     def dear(self) -> list[RoundFigures]:
         """Rounds whose replies the base finds more surprising than nearly all of its own."""
         return [r for r in self.rounds if r.healed.tail_median_nats > self.tail_high_nats]
+
+    @property
+    def late(self) -> list[RoundFigures]:
+        """Rounds whose second replies the base finds more surprising than nearly all of its own."""
+        high = self.second_tail_high_nats
+        return [r for r in self.rounds if r.healed.coherence.second_tail_nats.median > high]
+
+    @property
+    def stretched(self) -> list[RoundFigures]:
+        """Rounds whose replies differ from base's in length, by more than a tenth and chance."""
+        ratios = [(r, r.healed.coherence.length_ratio) for r in self.rounds]
+        return [
+            r
+            for r, ratio in ratios
+            if abs(ratio.estimate - 1) > LENGTH_GATE and not ratio.low <= 1 <= ratio.high
+        ]
 
     @property
     def unmoved(self) -> list[RoundFigures]:
@@ -209,6 +230,10 @@ def summarise(run: SavedRun) -> Report:
         rounds=tuple(rounds),
         tail_low_nats=float(low),
         tail_high_nats=float(high),
+        second_tail_high_nats=float(
+            np.quantile([reply.surprisal.tail_nll_nats for reply in base.second_replies], 0.95)
+        ),
+        length_correlation=length_correlation(base.replies),
     )
 
 
@@ -253,6 +278,7 @@ def render_page(report: Report, plots: Mapping[str, bytes]) -> str:
         "percent": percent,
         "nats": nats,
         "bounds": bounds,
+        "plain_bounds": plain_bounds,
         "visible": visible,
     }
     return environment.get_template("report.html").render(
@@ -327,6 +353,11 @@ def nats(value: float, sign: bool = True) -> str:
 def bounds(interval: Interval) -> str:
     """The ends of an interval of nats, as `[+0.31, +0.55]`."""
     return f"[{nats(interval.low)}, {nats(interval.high)}]"
+
+
+def plain_bounds(interval: Interval, digits: int = 2) -> str:
+    """The ends of an interval of ratios, as `[0.91, 1.02]`."""
+    return f"[{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
 def visible(text: str) -> str:

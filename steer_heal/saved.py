@@ -4,12 +4,15 @@ Of a condition, with replies r to held-out prompts:
 
     enacted       share of r that act the trait; interval over prompts
     shift         <foundation>_nats - base's, paired by vignette; interval over vignettes
+    length        words of r over words of base's, paired by prompt; interval over prompts
+    neutral       perplexity of fixed neutral dialogues over base's, paired; interval over them
     trait shift   mean over the intended foundations of sign * shift, nats; where a trait names
                   none, the difference of enacted from base's
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +21,18 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from eval.coherence import text_figures
 from eval.errors import UserError
 from eval.figures import flip_rate, selectivity
+from eval.neutral import perplexity_ratio
 from eval.statistics import (
     Interval,
     common_items,
     mean_interval,
     mean_pmass,
     profile_nats,
+    rank_correlation,
+    ratio_interval,
     shift_nats,
 )
 from steer_heal.artifacts import (
@@ -82,6 +89,27 @@ class SavedRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A figure of single replies."""
+
+    median: float
+    p90: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoherenceFigures:
+    """How whole the text of one condition is."""
+
+    perplexity: Spread  # of a reply under base: exp of its mean surprisal
+    rmse_nats: Spread  # root mean square of a reply's surprisals under base
+    repetition: float  # mean share of a reply's word 3-grams that it had before, 0 to 1
+    length_ratio: Interval  # mean words of a reply over base's; 1: as long
+    neutral_ratio: Interval | None  # perplexity of neutral text over base's; None: not finite
+    second_enacted: Interval  # share of the second replies that act the trait, 0 to 1
+    second_tail_nats: Spread  # surprisal under base of their last quarter, a token
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConditionFigures:
     """What one condition came to."""
 
@@ -100,6 +128,7 @@ class ConditionFigures:
     pmass_share: float  # of base's
     tail_median_nats: float  # over replies, a token
     tail_p90_nats: float
+    coherence: CoherenceFigures
     mundane: float  # share of tasks right, 0 to 1
 
 
@@ -168,8 +197,47 @@ def condition_figures(
         pmass_share=mean_pmass(rows.choices) / mean_pmass(base.choices),
         tail_median_nats=float(np.median(tails)),
         tail_p90_nats=float(np.quantile(tails, 0.9)),
+        coherence=_coherence(rows, base),
         mundane=float(np.mean([task.right for task in rows.tasks])),
     )
+
+
+def _coherence(rows: ConditionEval, base: ConditionEval) -> CoherenceFigures:
+    first = [reply.surprisal for reply in rows.replies]
+    second = rows.second_replies
+    repeated = [text_figures(reply.text).word_repetition for reply in rows.replies]
+    return CoherenceFigures(
+        perplexity=_spread([math.exp(each.mean_nll_nats) for each in first]),
+        rmse_nats=_spread([each.rmse_nll_nats for each in first]),
+        repetition=float(np.mean(repeated)),
+        length_ratio=ratio_interval(
+            prompt_means(rows.replies, _words), prompt_means(base.replies, _words)
+        ),
+        neutral_ratio=perplexity_ratio(rows.neutral, base.neutral),
+        second_enacted=mean_interval([float(reply.enacted) for reply in second]),
+        second_tail_nats=_spread([reply.surprisal.tail_nll_nats for reply in second]),
+    )
+
+
+def length_correlation(replies: Sequence[ReplyRow]) -> Interval | None:
+    """Spearman's correlation of a reply's words with its enactment, nats a token: -1 to 1.
+
+    Positive: longer replies carry more of the trait. Replies to one prompt are drawn together. None
+    where one of the two never varies.
+    """
+    return rank_correlation(
+        [_words(reply) for reply in replies],
+        [reply.enactment_nats for reply in replies],
+        [str(reply.prompt_index) for reply in replies],
+    )
+
+
+def _words(reply: ReplyRow) -> float:
+    return float(text_figures(reply.text).words)
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(median=float(np.median(values)), p90=float(np.quantile(values, 0.9)))
 
 
 def prompt_means(replies: Sequence[ReplyRow], value: Callable[[ReplyRow], float]) -> list[float]:

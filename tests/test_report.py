@@ -38,7 +38,7 @@ from steer_heal.report import (
     write_report,
 )
 from steer_heal.rounds import Run
-from steer_heal.saved import condition_figures, read_saved_run
+from steer_heal.saved import Spread, condition_figures, length_correlation, read_saved_run
 from tests.small import small_settings
 from tests.tiny import tiny_model_folder
 
@@ -168,15 +168,137 @@ def test_the_table_has_the_numbers_of_the_files(
         assert mundane == percent(statistics.mean(task["right"] for task in rows["tasks"]))
 
 
+def test_the_coherence_table_has_the_numbers_of_the_files(
+    made: Path, tables: dict[str, list[list[str]]]
+) -> None:
+    conditions = _conditions(made)
+    _, *lines = tables["coherence"]
+    assert len(lines) == len(conditions)
+    base = conditions[0]
+    for line, rows in zip(lines, conditions, strict=True):
+        _, perplexity, rmse, tail, repeated, length, neutral, acts, second = line
+        first = [reply["surprisal"] for reply in rows["replies"]]
+        assert perplexity == _spread_of([math.exp(each["mean_nll_nats"]) for each in first])
+        assert rmse == _spread_of([each["rmse_nll_nats"] for each in first])
+        assert tail == _spread_of([each["tail_nll_nats"] for each in first])
+        assert repeated == percent(
+            statistics.mean(_repeated(reply["text"]) for reply in rows["replies"])
+        )
+        if rows is base:
+            assert (length, neutral) == ("1", "1")
+        else:
+            words = [_mean_words(each) for each in (rows, base)]
+            assert length.startswith(f"{words[0] / words[1]:.2f} [")
+            nats, tokens = (
+                sum(row[key] for row in rows["neutral"]) for key in ("nll_nats", "tokens")
+            )
+            nats -= sum(row["nll_nats"] for row in base["neutral"])
+            assert neutral.startswith(f"{math.exp(nats / tokens):.3f} [")
+        replies = rows["second_replies"]
+        share = statistics.mean(reply["enacted"] for reply in replies)
+        assert len(replies) == 3 and acts.startswith(f"{percent(share)} [")
+        assert second == _spread_of([reply["surprisal"]["tail_nll_nats"] for reply in replies])
+
+
+def _spread_of(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} p90 {float(np.quantile(values, 0.9)):.2f}"
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def _repeated(text: str) -> float:
+    grams = list(zip(*(_words(text)[start:] for start in range(3)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _mean_words(rows: dict[str, Any]) -> float:
+    """Mean over prompts of the mean over a prompt's replies."""
+    prompts = {reply["prompt_index"] for reply in rows["replies"]}
+    return statistics.mean(
+        statistics.mean(
+            len(_words(reply["text"])) for reply in rows["replies"] if reply["prompt_index"] == each
+        )
+        for each in prompts
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "warned"),
+    [
+        ((1.2, 1.1, 1.3), True),
+        ((0.8, 0.7, 0.95), True),
+        ((1.2, 0.99, 1.4), False),  # by chance
+        ((1.09, 1.05, 1.13), False),  # by less than a tenth
+    ],
+)
+def test_a_length_confound_is_named_with_what_length_has_to_do_with_enactment(
+    ratio: tuple[float, float, float], warned: bool, report: Report
+) -> None:
+    estimate, low, high = ratio
+    given = Interval(estimate=estimate, low=low, high=high)
+    only = replace(report, rounds=report.rounds[:1])
+    text = replace(only.rounds[0].healed.coherence, length_ratio=given)
+    page = _page_of(_with_round(only, healed_coherence=text))
+    assert ("Length confound</b> in round 1" in page) is warned
+    if warned:
+        assert f"{estimate:.2f} [{low:.2f}, {high:.2f}] times the words of base" in page
+    for correlation, words in (
+        (None, "never varies"),
+        (Interval(estimate=0.5, low=0.2, high=0.7), "longer ones carry more of the trait"),
+        (Interval(estimate=-0.5, low=-0.7, high=-0.2), "longer ones carry less of the trait"),
+        (Interval(estimate=0.1, low=-0.2, high=0.4), "no link of length with enactment"),
+    ):
+        said = _page_of(_with_round(replace(only, length_correlation=correlation)))
+        assert words in said.replace("\n", " ")
+
+
+def test_length_goes_with_enactment_as_their_ranks_do(report: Report) -> None:
+    def told(*pairs: tuple[int, float]) -> Any:
+        row = report.run.controls.base.replies[0]
+        return length_correlation(
+            [
+                row.model_copy(
+                    update={"prompt_index": n, "text": "a " * words, "enactment_nats": nats}
+                )
+                for n, (words, nats) in enumerate(pairs)
+            ]
+        )
+
+    assert told((3, 0.1), (5, 0.2), (9, 0.3), (20, 9.0)).estimate == pytest.approx(1)
+    assert told((3, 0.3), (5, 0.2), (9, 0.1), (20, -9)).estimate == pytest.approx(-1)
+    assert told((3, 0.3), (3, 0.2), (3, 0.1)) is None
+
+
+def test_second_replies_that_drift_off_are_named(made: Path, report: Report) -> None:
+    base = json.loads((made / "base.json").read_text())
+    tails = [reply["surprisal"]["tail_nll_nats"] for reply in base["second_replies"]]
+    high = float(np.quantile(tails, 0.95))
+    assert report.second_tail_high_nats == pytest.approx(high)
+    only = replace(report, rounds=report.rounds[:1])
+    for median, warned in ((high + 0.01, True), (high - 0.01, False)):
+        spread = Spread(median=median, p90=median)
+        text = replace(only.rounds[0].healed.coherence, second_tail_nats=spread)
+        page = _page_of(_with_round(only, healed_coherence=text))
+        assert ("Second replies drift off</b> in round 1" in page) is warned
+
+
+def test_neutral_text_that_cannot_be_scored_is_said(report: Report) -> None:
+    text = replace(report.rounds[0].healed.coherence, neutral_ratio=None)
+    page = _page_of(_with_round(report, healed_coherence=text))
+    assert _Tables(page).tables["coherence"][7][6] == "not finite"
+
+
 def test_the_round_healed_without_the_barrier_stands_beside_it(report: Report, page: str) -> None:
-    assert report.unbarred is None and "without the barrier" not in page
+    assert report.unbarred is None and "no barrier" not in page
     other = report.run.rounds[0].evaluation.steered
     control = Unbarred(healed=other, steps=report.run.rounds[0].steps)
     page = _page_of(summarise(replace(report.run, unbarred=control)))
     labels = [line[0] for line in _Tables(page).tables["conditions"]]
     beside = [label.removesuffix(" best") for label in labels[6:9]]
     assert beside[0] == "round 1, steered"
-    assert beside[1:] == ["round 1, healed", "round 1, healed without the barrier"]
+    assert beside[1:] == ["round 1, healed", "round 1, no barrier"]
     line = _Tables(page).tables["conditions"][8]
     assert line[2].startswith(percent(statistics.mean(row.enacted for row in other.replies)))
 
