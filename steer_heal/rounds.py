@@ -34,6 +34,10 @@ from steer_heal.artifacts import Controls, RoundAdapter
 
 RUN_FILE, STAGES_FILE, DONE_FILE = "run.json", "stages.json", "DONE"
 LOG_FILE = "log.txt"
+_WHAT_THEN = (
+    "use the version that wrote it, or run again under another name with run=NAME: nothing in this "
+    "run was changed"
+)
 
 
 class Artifact(Protocol):
@@ -104,10 +108,7 @@ class Stages:
         try:
             return kind.load(self.path)
         except (ValueError, TypeError, KeyError) as error:  # its bytes are right, its fields not
-            raise UserError(
-                f"{self.path / kind.files[0]} was written by another version of the code "
-                f"({str(error).splitlines()[0]}); {self._how_to_redo()}"
-            ) from error
+            raise UserError(_of_another_version(self.path / kind.files[0], error)) from error
 
     def check(self) -> None:
         """Refuses files of any stage that are not what was written."""
@@ -259,12 +260,29 @@ def _to_log(path: Path) -> Callable[[str], None]:
     return write
 
 
+def _of_another_version(file: Path, error: Exception) -> str:
+    """What to say of a file whose fields are not those of this version."""
+    first = error.errors()[0] if isinstance(error, ValidationError) else None
+    if first is None or first["type"] != "missing":
+        return (
+            f"{file} was written by another version of steer-heal "
+            f"({str(error).splitlines()[0]}); {_WHAT_THEN}"
+        )
+    field = ".".join(map(str, first["loc"]))
+    return f"{file} was written by an older version of steer-heal, without {field}; {_WHAT_THEN}"
+
+
 def _agree(path: Path, description: dict[str, Any], num_done: int) -> None:
     """Records a new run's description; refuses another config than an old run's."""
     if not (path / RUN_FILE).exists():
         write_json(path / RUN_FILE, description)
         return
     before, now = read_run(path), description
+    if unknown := list(_absent(before["config"], now["config"])):
+        raise UserError(
+            f"{path / RUN_FILE} was written by an older version of steer-heal, without "
+            f"{', '.join(unknown)}; {_WHAT_THEN}"
+        )
     changed = [
         f"{key}: {_short(old)} -> {_short(new)}"
         for key, old, new in _differences(_binding(before), _binding(now))
@@ -302,6 +320,15 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, An
             yield from _differences(left, right, f"{prefix}{key}.")
         elif left != right:
             yield f"{prefix}{key}", left, right
+
+
+def _absent(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Settings that the old config does not have at all, by their keys."""
+    for key, value in new.items():
+        if key not in old:
+            yield f"{prefix}{key}"
+        elif isinstance(value, dict) and isinstance(old[key], dict):
+            yield from _absent(old[key], value, f"{prefix}{key}.")
 
 
 def _digest(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from eval.settings import valid_keys
 from steer_heal.config import RunConfig
-from tests.processes import Command, command, portable_settings, refusal, tree
+from tests.processes import Command, command, portable_settings, refusal, rounds_of, tree
 from tests.tiny import tiny_model_folder
 
 COMMANDS = ("round", "report", "compare", "export", "bench", "settings")
@@ -221,6 +222,50 @@ def test_filter_that_drops_everything_says_what_did_it(settings: list[str], tmp_
     assert (run / "round-00" / "drafts.jsonl").exists()  # what was done is kept
     assert not (run / "round-00" / "completions.jsonl").exists()
     assert not list(run.rglob(".tmp-*"))
+
+
+# ---------------------------------------------------------------------------------- older versions
+
+
+def _as_an_older_version_wrote_it(run: Path) -> None:
+    """Takes the fields away that the evaluation got last, wherever they are saved and recorded."""
+    gone = ("second_replies", "neutral")
+    for file in ("base.json", "prompted.json", "engineered.json", "round-00/eval.json"):
+        saved = json.loads((run / file).read_text())
+        for rows in saved, saved.get("steered", {}), saved.get("healed", {}):
+            for field in gone:
+                rows.pop(field, None)
+        (run / file).write_text(json.dumps(saved))
+    for record in (run / "stages.json", run / "round-00" / "stages.json"):
+        stages = json.loads(record.read_text())
+        for stage in stages.values():
+            for name in stage["files"]:
+                content = (record.parent / name).read_bytes()
+                stage["files"][name] = hashlib.sha256(content).hexdigest()
+        record.write_text(json.dumps(stages))
+    description = json.loads((run / "run.json").read_text())
+    for setting in ("neutral", "num_dialogues", "controls"):
+        del description["config"]["evaluate"][setting]
+    del description["trait"]["second_turns"]
+    (run / "run.json").write_text(json.dumps(description))
+
+
+def test_run_of_an_older_version_is_named_and_left_alone(
+    settings: list[str], tmp_path: Path
+) -> None:
+    rounds_of(tmp_path, 1, *settings)
+    run = tmp_path / "rounds" / "small"
+    _as_an_older_version_wrote_it(run)
+    before = tree(tmp_path)
+    older = "was written by an older version of steer-heal, without"
+    for arguments in (["report", "small"], ["compare", "small", "small"], ["eval", "small"]):
+        message = refusal(command(tmp_path, *arguments))
+        assert f"rounds/small/round-00/eval.json {older} steered.second_replies; " in message
+        assert "run=NAME" in message
+    message = refusal(command(tmp_path, "round", "N=2", *settings))
+    assert f"rounds/small/run.json {older} evaluate.neutral, " in message
+    assert "run=NAME" in message
+    assert tree(tmp_path) == before
 
 
 # ----------------------------------------------------------------------------------------- report

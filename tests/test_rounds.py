@@ -102,7 +102,7 @@ def test_file_of_another_version_of_the_code_is_named(stages: Stages) -> None:
         def save(self, folder: Path) -> None:
             (folder / "limits.json").write_text(old)
 
-    with pytest.raises(UserError, match=r"limits\.json was written by another version of the code"):
+    with pytest.raises(UserError, match=r"limits\.json was written by an older version"):
         stages.once(Old, lambda: Old(tail_nll_nats=0.0, **MADE))
 
 
@@ -190,6 +190,16 @@ def test_run_file_takes_over_rounds_but_no_other_change(tmp_path: Path) -> None:
         pytest.raises(UserError, match=r"heal\.rank: 2 -> 3\).*run=NAME"),
         open_run(tmp_path, 0, changed),
     ):
+        pass
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_run_file_of_an_older_version_is_named(tmp_path: Path) -> None:
+    with open_run(tmp_path, 0, _description(heal={"rank": 2})):
+        pass
+    before = (tmp_path / "run.json").read_bytes()
+    message = r"run\.json was written by an older version of steer-heal, without heal\.alpha; use"
+    with pytest.raises(UserError, match=message), open_run(tmp_path, 0, _description()):
         pass
     assert (tmp_path / "run.json").read_bytes() == before
 
