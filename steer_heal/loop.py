@@ -58,7 +58,8 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         )
         if round.index == 0 and evaluate.controls == "full":
             run.once(
-                Unbarred, _unbarred, student, kept, config.heal, s("heal"), trait, evaluate, seed
+                *(Unbarred, _unbarred, student, kept, vector, config.heal, s("heal")),
+                *(trait, evaluate, seed),
             )
         healed = student.grown(adapter)
         round.once(RoundEval, evaluate_round, student, healed, vector, kept, trait, evaluate, seed)
@@ -69,6 +70,7 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
 def _unbarred(
     student: Student,
     kept: Screened,
+    vector: SteeringVector,
     config: HealConfig,
     heal_seed: int,
     trait: Trait,
@@ -77,5 +79,5 @@ def _unbarred(
 ) -> Unbarred:
     """The round healed once more, without the barrier; the adapter enters no stack."""
     bare = config.model_copy(update={"barrier_weight": 0.0})
-    adapter = heal(student, kept, bare, "unbarred", heal_seed)
+    adapter = heal(student, kept, vector, bare, "unbarred", heal_seed)
     return evaluate_unbarred(student, adapter, trait, evaluate, seed)
