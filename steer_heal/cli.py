@@ -70,12 +70,16 @@ def compare(runs: Runs) -> None:
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a folder in rounds/")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="a folder that is not there yet")],
+    rounds: Annotated[
+        int | None, typer.Option(help="the first so many; by default up to the best round")
+    ] = None,
 ) -> None:
-    """Folds all rounds of a run into one standard PEFT adapter folder."""
+    """Folds a run's rounds, up to the best one, into one standard PEFT adapter folder."""
     with for_people("nothing was written"):
         from steer_heal.export import export_adapter
 
-        typer.echo(f"adapter: {export_adapter(_run_folder(run), out)}")
+        count = export_adapter(_run_folder(run), out, rounds)
+        typer.echo(f"adapter: {out} (the sum of the first {count} rounds)")
 
 
 @app.command(name="eval")

@@ -27,18 +27,17 @@ from steer_heal.figures import DPI, LAYOUTS, SIZES_INCHES, THEMES, _spread, draw
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import run_path
 from steer_heal.report import (
-    Report,
     command_of,
     diary_of,
     drift_of,
     percent,
     render_page,
-    summarise,
     visible,
     write_report,
 )
 from steer_heal.rounds import Run
 from steer_heal.saved import Spread, condition_figures, length_correlation, read_saved_run
+from steer_heal.summary import Summary, summarise
 from tests.small import small_settings
 from tests.tiny import tiny_model_folder
 
@@ -101,7 +100,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(made: Path) -> Report:
+def report(made: Path) -> Summary:
     return summarise(read_saved_run(made))
 
 
@@ -234,7 +233,7 @@ def _mean_words(rows: dict[str, Any]) -> float:
     ],
 )
 def test_a_length_confound_is_named_with_what_length_has_to_do_with_enactment(
-    ratio: tuple[float, float, float], warned: bool, report: Report
+    ratio: tuple[float, float, float], warned: bool, report: Summary
 ) -> None:
     estimate, low, high = ratio
     given = Interval(estimate=estimate, low=low, high=high)
@@ -254,7 +253,7 @@ def test_a_length_confound_is_named_with_what_length_has_to_do_with_enactment(
         assert words in said.replace("\n", " ")
 
 
-def test_length_goes_with_enactment_as_their_ranks_do(report: Report) -> None:
+def test_length_goes_with_enactment_as_their_ranks_do(report: Summary) -> None:
     def told(*pairs: tuple[int, float]) -> Any:
         row = report.run.controls.base.replies[0]
         return length_correlation(
@@ -271,7 +270,7 @@ def test_length_goes_with_enactment_as_their_ranks_do(report: Report) -> None:
     assert told((3, 0.3), (3, 0.2), (3, 0.1)) is None
 
 
-def test_second_replies_that_drift_off_are_named(made: Path, report: Report) -> None:
+def test_second_replies_that_drift_off_are_named(made: Path, report: Summary) -> None:
     base = json.loads((made / "base.json").read_text())
     tails = [reply["surprisal"]["tail_nll_nats"] for reply in base["second_replies"]]
     high = float(np.quantile(tails, 0.95))
@@ -284,13 +283,13 @@ def test_second_replies_that_drift_off_are_named(made: Path, report: Report) -> 
         assert ("Second replies drift off</b> in round 1" in page) is warned
 
 
-def test_neutral_text_that_cannot_be_scored_is_said(report: Report) -> None:
+def test_neutral_text_that_cannot_be_scored_is_said(report: Summary) -> None:
     text = replace(report.rounds[0].healed.coherence, neutral_ratio=None)
     page = _page_of(_with_round(report, healed_coherence=text))
     assert _Tables(page).tables["coherence"][7][6] == "not finite"
 
 
-def test_the_round_healed_without_the_barrier_stands_beside_it(report: Report, page: str) -> None:
+def test_the_round_healed_without_the_barrier_stands_beside_it(report: Summary, page: str) -> None:
     assert report.unbarred is None and "no barrier" not in page
     other = report.run.rounds[0].evaluation.steered
     control = Unbarred(healed=other, steps=report.run.rounds[0].steps)
@@ -338,7 +337,7 @@ def test_doses_drops_and_training_are_those_of_the_files(
         assert line[5] == ("never fired" if fired == 0 else percent(fired))
 
 
-def test_retention_is_healed_over_steered(made: Path, report: Report) -> None:
+def test_retention_is_healed_over_steered(made: Path, report: Summary) -> None:
     base, *_ = _conditions(made)
     pairs = _conditions(made)[5:]
     for index, figures in enumerate(report.rounds):
@@ -356,7 +355,7 @@ def test_retention_is_healed_over_steered(made: Path, report: Report) -> None:
 
 
 def test_the_retention_table_has_selectivity_flips_and_what_was_internalised(
-    made: Path, report: Report, tables: dict[str, list[list[str]]]
+    made: Path, report: Summary, tables: dict[str, list[list[str]]]
 ) -> None:
     for index, line in enumerate(tables["retention"][1:]):
         saved = json.loads((made / f"round-{index:02d}" / "eval.json").read_text())
@@ -380,7 +379,7 @@ def _worth(scores: dict[str, float]) -> int:
     return {"care": 1, "authority": -1}.get(picked, 0)
 
 
-def _with_round(report: Report, **changes: Any) -> Report:
+def _with_round(report: Summary, **changes: Any) -> Summary:
     """The report with its first round changed: fields of the round, or healed_ figures."""
     first = report.rounds[0]
     healed = {k.removeprefix("healed_"): v for k, v in changes.items() if k.startswith("healed_")}
@@ -389,7 +388,7 @@ def _with_round(report: Report, **changes: Any) -> Report:
     return replace(report, rounds=(first, *report.rounds[1:]))
 
 
-def _page_of(report: Report) -> str:
+def _page_of(report: Summary) -> str:
     return render_page(report, {f"{layout}_{t}": b"" for layout in LAYOUTS for t in THEMES})
 
 
@@ -405,7 +404,7 @@ def _page_of(report: Report) -> str:
     ],
 )
 def test_what_went_wrong_is_named_at_the_top(
-    report: Report, changes: dict[str, Any], warning: str
+    report: Summary, changes: dict[str, Any], warning: str
 ) -> None:
     fine = _with_round(report, retention=0.5, healed_pmass_share=1.0, healed_tail_median_nats=0.0)
     fine = replace(fine, rounds=(fine.rounds[0],), base=replace(fine.base, mundane=0.0))
@@ -430,13 +429,13 @@ def test_a_vignette_that_one_side_cannot_score_is_left_out_of_both(made: Path) -
     assert found.shifts != condition_figures("healed", healed, base, run.trait).shifts
 
 
-def test_one_point_fewer_mundane_tasks_is_no_loss(report: Report) -> None:
+def test_one_point_fewer_mundane_tasks_is_no_loss(report: Summary) -> None:
     based = replace(report, base=replace(report.base, mundane=0.98), rounds=report.rounds[:1])
     assert not _with_round(based, healed_mundane=0.97).duller
     assert _with_round(based, healed_mundane=0.969).duller
 
 
-def test_a_silent_barrier_is_named(report: Report) -> None:
+def test_a_silent_barrier_is_named(report: Summary) -> None:
     first = report.rounds[0]
     for share, named in ((0.0, True), (0.5, False)):
         steps = tuple(step.model_copy(update={"share_over": share}) for step in first.saved.steps)
@@ -445,8 +444,8 @@ def test_a_silent_barrier_is_named(report: Report) -> None:
         assert ("The barrier never fired</b> in round 1" in page) is named
 
 
-def test_the_best_round_has_the_largest_shift_among_the_coherent(report: Report) -> None:
-    def made_of(*rounds: tuple[float, bool]) -> Report:
+def test_the_best_round_has_the_largest_shift_among_the_coherent(report: Summary) -> None:
+    def made_of(*rounds: tuple[float, bool]) -> Summary:
         return replace(
             report,
             rounds=tuple(
@@ -467,7 +466,7 @@ def test_the_best_round_has_the_largest_shift_among_the_coherent(report: Report)
     assert _page_of(made_of((0.1, True), (0.4, True))).count('class="best"') == 1
 
 
-def test_coherent_is_pmass_and_tail_against_base(made: Path, report: Report) -> None:
+def test_coherent_is_pmass_and_tail_against_base(made: Path, report: Summary) -> None:
     limits = json.loads((made / "limits.json").read_text())
     high = np.quantile(limits["base_tail_nll_nats"], 0.95)
     base, *_ = _conditions(made)
@@ -479,7 +478,7 @@ def test_coherent_is_pmass_and_tail_against_base(made: Path, report: Report) -> 
         assert figures.is_coherent == (share >= 0.99 and statistics.median(tails) <= high)
 
 
-def test_the_diary_asks_every_condition_the_same(report: Report, page: str) -> None:
+def test_the_diary_asks_every_condition_the_same(report: Summary, page: str) -> None:
     diary = diary_of(report.run)
     assert [entry.prompt for entry in diary] == list(report.run.trait.held_out_prompts)
     for entry in diary:
@@ -544,7 +543,7 @@ def test_the_plots_are_pictures(made: Path, page: str) -> None:
 
 @pytest.mark.parametrize("intended", [{}, {"care": 1}])
 def test_any_number_of_intended_foundations_can_be_drawn(
-    report: Report, intended: dict[str, Any]
+    report: Summary, intended: dict[str, Any]
 ) -> None:
     trait = report.run.trait.model_copy(update={"intended": intended})
     saved = replace(report.run, trait=trait, rounds=report.run.rounds[:1])
@@ -563,7 +562,7 @@ def test_names_in_the_plot_are_pushed_apart_no_further_than_needed() -> None:
     assert _spread([0.0, 0.2, 5.0], 1.0) == pytest.approx([-0.4, 0.6, 5.0])
 
 
-def test_the_command_makes_the_same_config_again(report: Report) -> None:
+def test_the_command_makes_the_same_config_again(report: Summary) -> None:
     config = report.run.description.config
     just, verb, *settings = command_of(config).split()
     assert (just, verb) == ("just", "round")
@@ -615,7 +614,7 @@ def test_control_characters_are_shown() -> None:
     assert visible("a\x00b\x1b\nc") == "a␀b␛\nc"
 
 
-def test_intervals_hold_their_estimate(report: Report) -> None:
+def test_intervals_hold_their_estimate(report: Summary) -> None:
     healed = [round.healed for round in report.rounds]
     intervals: list[Interval] = [figures.enacted for figures in healed]
     intervals += [shift for figures in healed for shift in figures.shifts.values()]

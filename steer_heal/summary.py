@@ -1,0 +1,194 @@
+"""What a run came to: every number of the page from the saved rows. Loads no model.
+
+Beside the figures of the conditions (saved.py):
+
+    retention     trait shift healed / trait shift steered: near 1 healed, near 0 undone
+    stretched     the replies' words over base's are off 1 by more than a tenth and than chance
+    coherent      every vignette can be scored, pmass >= 0.99 of base's, and the median tail
+                  surprisal of the replies at most the 95th percentile of the base's own unsteered
+                  completions
+    best round    the largest trait shift among the coherent rounds
+
+Rounds are counted from 1 here, round 0 being the base; the folder of round 1 is round-00.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.statistics import Interval
+from steer_heal.artifacts import TrainStep
+from steer_heal.saved import (
+    ConditionFigures,
+    SavedRound,
+    SavedRun,
+    condition_figures,
+    length_correlation,
+)
+
+PMASS_GATE = 0.99  # share of base's
+RETENTION_GATE = 0.3  # below: undone
+MUNDANE_DROP = 0.01  # a larger one is a loss; share of the tasks
+LENGTH_GATE = 0.1  # longer or shorter than base's by more: a confound. Prompts move it by 1 to 4 %
+UNBARRED = "round 1, no barrier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundFigures:
+    """What one round came to."""
+
+    number: int  # from 1
+    saved: SavedRound
+    steered: ConditionFigures
+    healed: ConditionFigures
+    retention: float | None  # None: steering moved nothing, or the wrong way
+    is_coherent: bool
+
+    @property
+    def share_fired(self) -> float:
+        """Share of the training steps with the barrier on, 0 to 1."""
+        steps = self.saved.steps
+        return sum(step.share_over > 0 for step in steps) / len(steps)
+
+    @property
+    def early(self) -> tuple[TrainStep, ...]:
+        """The first quarter of the training steps: single ones are noisy."""
+        return self.saved.steps[: max(1, len(self.saved.steps) // 4)]
+
+    @property
+    def late(self) -> tuple[TrainStep, ...]:
+        """The last quarter of the training steps."""
+        return self.saved.steps[-max(1, len(self.saved.steps) // 4) :]
+
+    @property
+    def drops(self) -> Counter[str]:
+        """Reason -> number of drafts dropped for it."""
+        return Counter(row.dropped for row in self.saved.screened.rows if row.dropped is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Everything that the page says in numbers."""
+
+    run: SavedRun
+    base: ConditionFigures
+    prompted: ConditionFigures
+    engineered: ConditionFigures
+    random: tuple[ConditionFigures, ...]
+    unbarred: ConditionFigures | None  # None: it was not asked for
+    rounds: tuple[RoundFigures, ...]
+    tail_low_nats: float  # 5th percentile of the base's own completions
+    tail_high_nats: float  # 95th
+    second_tail_high_nats: float  # 95th percentile of base's second replies
+    length_correlation: Interval | None  # of base's replies with their enactment, -1 to 1
+
+    @property
+    def intended(self) -> list[str]:
+        """Foundations that the trait is meant to move, those meant to rise first."""
+        signs = self.run.trait.intended
+        return sorted(signs, key=lambda name: (-signs[name], name))
+
+    @property
+    def best(self) -> RoundFigures | None:
+        """The round with the largest trait shift among the coherent ones."""
+        coherent = [round for round in self.rounds if round.is_coherent]
+        return max(coherent, key=lambda round: round.healed.trait_shift, default=None)
+
+    @property
+    def silent(self) -> list[RoundFigures]:
+        """Rounds whose barrier never fired."""
+        return [r for r in self.rounds if r.share_fired == 0]
+
+    @property
+    def incoherent(self) -> list[RoundFigures]:
+        """Rounds that lost the answer format."""
+        return [r for r in self.rounds if r.healed.pmass_share < PMASS_GATE]
+
+    @property
+    def unreadable(self) -> list[RoundFigures]:
+        """Rounds in which vignettes were left out, their log-probabilities not being finite."""
+        return [r for r in self.rounds if r.healed.unscorable]
+
+    @property
+    def dear(self) -> list[RoundFigures]:
+        """Rounds whose replies the base finds more surprising than nearly all of its own."""
+        return [r for r in self.rounds if r.healed.tail_median_nats > self.tail_high_nats]
+
+    @property
+    def late(self) -> list[RoundFigures]:
+        """Rounds whose second replies the base finds more surprising than nearly all of its own."""
+        high = self.second_tail_high_nats
+        return [r for r in self.rounds if r.healed.coherence.second_tail_nats.median > high]
+
+    @property
+    def stretched(self) -> list[RoundFigures]:
+        """Rounds whose replies differ from base's in length, by more than a tenth and chance."""
+        ratios = [(r, r.healed.coherence.length_ratio) for r in self.rounds]
+        return [
+            r
+            for r, ratio in ratios
+            if abs(ratio.estimate - 1) > LENGTH_GATE and not ratio.low <= 1 <= ratio.high
+        ]
+
+    @property
+    def unmoved(self) -> list[RoundFigures]:
+        """Rounds in which steering itself did not move the trait."""
+        return [r for r in self.rounds if r.retention is None]
+
+    @property
+    def undone(self) -> list[RoundFigures]:
+        """Rounds that kept little of what steering moved."""
+        return [r for r in self.rounds if r.retention is not None and r.retention < RETENTION_GATE]
+
+    @property
+    def duller(self) -> list[RoundFigures]:
+        """Rounds that lost mundane tasks."""
+        floor = self.base.mundane - MUNDANE_DROP - 1e-9  # one point itself is no loss
+        return [r for r in self.rounds if r.healed.mundane < floor]
+
+
+def summarise(run: SavedRun) -> Summary:
+    """Computes every number of the page from the saved rows."""
+    controls, base, trait = run.controls, run.controls.base, run.trait
+    low, high = np.quantile(run.limits.base_tail_nll_nats, [0.05, 0.95])
+    rounds = []
+    for number, saved in enumerate(run.rounds, start=1):
+        rows = saved.evaluation
+        steered = condition_figures(f"round {number}, steered", rows.steered, base, trait)
+        healed = condition_figures(f"round {number}, healed", rows.healed, base, trait)
+        moved = steered.trait_shift
+        rounds.append(
+            RoundFigures(
+                number=number,
+                saved=saved,
+                steered=steered,
+                healed=healed,
+                retention=healed.trait_shift / moved if moved > 0 else None,
+                is_coherent=not healed.unscorable
+                and healed.pmass_share >= PMASS_GATE
+                and healed.tail_median_nats <= high,
+            )
+        )
+    return Summary(
+        run=run,
+        base=condition_figures("base", base, base, trait),
+        prompted=condition_figures("persona prompt", controls.prompted, base, trait),
+        engineered=condition_figures("longer prompt", controls.engineered, base, trait),
+        random=tuple(
+            condition_figures(f"random direction {number}", each, base, trait)
+            for number, each in enumerate(controls.random, start=1)
+        ),
+        unbarred=condition_figures(UNBARRED, run.unbarred.healed, base, trait)
+        if run.unbarred
+        else None,
+        rounds=tuple(rounds),
+        tail_low_nats=float(low),
+        tail_high_nats=float(high),
+        second_tail_high_nats=float(
+            np.quantile([reply.surprisal.tail_nll_nats for reply in base.second_replies], 0.95)
+        ),
+        length_correlation=length_correlation(base.replies),
+    )
