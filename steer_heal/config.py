@@ -56,7 +56,7 @@ class GenerateConfig(Settings):
 class FilterConfig(Settings):
     """Which completions are kept."""
 
-    num_kept: int = Field(64, ge=1)
+    num_kept: int = Field(192, ge=1)
     """Completions kept for training, at most."""
     min_kept: int = Field(8, ge=1)
     """With fewer than this left the round stops."""
@@ -80,8 +80,10 @@ class HealConfig(Settings):
     layers: Band = (0.2, 0.8)
     """Layers that carry the adapter, as shares of the depth."""
     learning_rate: float = Field(2e-4, gt=0)
-    """Peak learning rate of AdamW, cosine schedule."""
-    epochs: float = Field(4, gt=0)
+    """Peak learning rate of AdamW in the first round, cosine schedule."""
+    learning_rate_decay: float = Field(0.6, gt=0, le=1)
+    """The learning rate of every further round, as a share of that of the round before."""
+    epochs: float = Field(2, gt=0)
     """Passes over the kept completions."""
     batch_size: int = Field(8, ge=1)
     """Completions an optimizer step."""
@@ -91,7 +93,7 @@ class HealConfig(Settings):
     """Gradients are clipped to this L2 norm."""
     nll_weight: float = Field(1.0, ge=0)
     """Weight of the negative log-likelihood of the kept completions."""
-    soft_weight: float = Field(0.0, ge=0)
+    soft_weight: float = Field(1.0, ge=0)
     """Weight of KL(steered teacher || student) on them, at the dose each was sampled with."""
     barrier_weight: float = Field(0.3, ge=0)
     """Weight of the divergence barrier; 0 switches it off."""
@@ -173,7 +175,7 @@ def preset_organism() -> dict[str, Any]:
             "rank": 2,
             "alpha": 4,
             "layers": (0.0, 0.5),
-            "learning_rate": 1.5e-3,
+            "learning_rate": 3e-3,
             "barrier_threshold_nats": 0.25,
         },
     }

@@ -9,6 +9,9 @@ reference, which is the student before this round or the untouched base, through
 with other adapters acting: no second model. So the incoherence that came with the steering is
 punished and the trait is not. Reverse KL to the previous student lets the trait accumulate over
 rounds; to the base it opposes what earlier rounds learnt.
+
+The learning rate falls from round to round, learning_rate * learning_rate_decay ** earlier rounds:
+there is less left to learn, and what a step does beside it adds up in the stack.
 """
 
 from __future__ import annotations
@@ -109,7 +112,7 @@ def _train(
     with tempfile.TemporaryDirectory() as scratch, _put_back(model):
         trainer = HealTrainer(
             model=model,
-            args=_arguments(config, model, scratch, seed),
+            args=_arguments(config, len(student.adapters), model, scratch, seed),
             train_dataset=_dataset(kept),
             processing_class=student.tokenizer,
             data_collator=DoseCollator(student.tokenizer.pad_token_id),
@@ -132,12 +135,14 @@ def _train(
     return steps
 
 
-def _arguments(config: HealConfig, model: Any, scratch: str, seed: int) -> SFTConfig:
+def _arguments(
+    config: HealConfig, num_earlier: int, model: Any, scratch: str, seed: int
+) -> SFTConfig:
     return SFTConfig(
         output_dir=scratch,
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate * config.learning_rate_decay**num_earlier,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_ratio,
         adam_beta2=0.95,  # 0.999 never warms up in a run of some tens of steps

@@ -39,6 +39,8 @@ SMALL: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 4,
     "learning_rate": 5e-3,
+    "learning_rate_decay": 1,
+    "soft_weight": 0,
     "warmup_ratio": 0.0,
 }
 DOSES = (0.5, 1.0, 0.25)
@@ -303,6 +305,16 @@ def test_the_first_step_is_one_adamw_step_on_the_completions_alone(tiny_llama: T
     for value in fresh:
         moved = value[value.abs() > 0]
         torch.testing.assert_close(moved.abs(), torch.full_like(moved, 5e-3), rtol=1e-2, atol=0)
+
+
+def test_the_learning_rate_falls_from_round_to_round(tiny_llama: TinyModel) -> None:
+    student = loaded(tiny_llama, 2)
+    settings = config(learning_rate_decay=0.5, barrier_weight=0, epochs=1)
+    adapter = heal(student, kept(student, 4), vector(student), settings, "r02", seed=0)
+    assert [step.learning_rate for step in adapter.steps] == [5e-3 / 4]
+    # B after one AdamW step from 0 is -lr * sign of its gradient
+    moved = torch.cat([v[v != 0] for k, v in adapter.weights.items() if ".lora_B." in k])
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 5e-3 / 4), rtol=1e-2, atol=0)
 
 
 def test_the_gradient_norm_is_that_of_the_nll(tiny_qwen3: TinyModel, tmp_path: Path) -> None:
