@@ -176,6 +176,7 @@ def preset_organism() -> dict[str, Any]:
             "alpha": 4,
             "layers": (0.0, 0.5),
             "learning_rate": 3e-3,
+            "soft_weight": 3,
             "barrier_threshold_nats": 0.25,
         },
     }
