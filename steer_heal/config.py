@@ -119,9 +119,9 @@ class EvaluateConfig(Settings):
     controls: Literal["standard", "full"] = "standard"
     """full: round 1 is healed without the barrier too, as one more control."""
     num_random: int = Field(3, ge=1)
-    """Random directions measured as a control, at the vector's own KL; they share the replies."""
+    """Random directions measured as a control, at the vector's own KL."""
     samples_per_prompt: int = Field(4, ge=1)
-    """Replies sampled to each held-out prompt, a condition."""
+    """Replies sampled to each held-out prompt; where a vector is added, this / num_random."""
     num_dialogues: int = Field(24, ge=1)
     """Held-out prompts, at most, at which a second user turn follows the first reply, once."""
     max_new_tokens: int = Field(96, ge=1)

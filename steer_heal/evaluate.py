@@ -80,15 +80,12 @@ def evaluate_controls(
     """Base, both prompts and random directions, on the first round's student, the base."""
     base = student.base
     measure = partial(_condition, student=base, trait=trait, config=config, seed=seed)
-    # together the directions are one control: they share the samples of one condition
-    shared = max(1, config.samples_per_prompt // config.num_random)
-    fewer = config.model_copy(update={"samples_per_prompt": shared})
     return Controls(
         base=measure("base"),
         prompted=measure("prompted", system=trait.positive),
         engineered=measure("engineered", system=trait.engineered_prompt),
         random=tuple(
-            measure(f"random {number}", steering=steering, config=fewer)
+            measure(f"random {number}", steering=steering, config=_fewer(config))
             for number, steering in enumerate(
                 _random_steerings(base, vector, kept, config, seed), start=1
             )
@@ -114,10 +111,16 @@ def evaluate_round(
         kl_nats=_kl_nats(student, vector.band, vector.band_directions, kept, config, dose),
     )
     return RoundEval(
-        steered=_condition("steered", student, trait, config, seed, steering=steering),
+        steered=_condition("steered", student, trait, _fewer(config), seed, steering=steering),
         healed=_condition("healed", healed, trait, config, seed),
         internalised=_internalised(healed, vector, trait, config),
     )
+
+
+def _fewer(config: EvaluateConfig) -> EvaluateConfig:
+    """With fewer replies, where a vector is added: that is held against others by its shifts."""
+    shared = max(1, config.samples_per_prompt // config.num_random)
+    return config.model_copy(update={"samples_per_prompt": shared})
 
 
 def evaluate_unbarred(

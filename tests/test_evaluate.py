@@ -143,7 +143,8 @@ def test_steering_by_nothing_is_the_student(
 ) -> None:
     base = loaded(tiny_llama)
     vector = vector_of(base, trait)
-    found = evaluate_round(base, base, vector, kept_at(0.0), trait, config, seed=0)
+    same = config.model_copy(update={"num_random": 1})  # as many replies to both
+    found = evaluate_round(base, base, vector, kept_at(0.0), trait, same, seed=0)
     assert rows(found.steered) == rows(found.healed)
 
 
@@ -172,7 +173,7 @@ def test_every_condition_has_every_item(
         assert [row.id for row in condition.choices] == list(FOUNDATIONS)
         assert all(tuple(row.scores) == FOUNDATIONS for row in condition.choices)
         assert [row.id for row in condition.tasks] == [f"sum-{n}" for n in range(4)]
-        samples = 1 if name.startswith("random") else 3  # the three share the samples of one
+        samples = 1 if name.startswith(("random", "steered")) else 3  # fewer with a vector added
         assert [(row.prompt_index, row.sample) for row in condition.replies] == [
             (prompt, sample) for prompt in range(4) for sample in range(samples)
         ]
