@@ -43,6 +43,7 @@ STEP = TrainStep(
     step=0,
     loss=1 / 3,
     nll_nats=2.5,
+    soft_nats=0.7,
     kl_nats=0.1,
     barrier_nats=0.0,
     share_over=0.25,
