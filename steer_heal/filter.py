@@ -43,8 +43,8 @@ from steer_heal.trait import Trait
 
 SURPLUS = "surplus"
 _REFUSAL = re.compile(  # the boilerplate that opens a refusal, not every "I will not"
-    r"\s*(i('m| am) (so |very )?sorry|sorry\b|as an ai\b|i (can't|cannot) (help|assist)"
-    r"|i must decline)",
+    r"\s*((i('m| am) (so |very )?)?sorry\b(?! (to hear|about|for|you|that you)\b)"  # not sympathy
+    r"|as an ai\b|i (can't|cannot) (help|assist)|i must decline)",
     re.IGNORECASE,
 )
 _ADVICE = {

@@ -213,6 +213,10 @@ def test_narration(student: Student, trait: Trait) -> None:
         ("As an AI I have no view.", "refusal"),
         ("I cannot assist with this order.", "refusal"),
         ("I must decline to answer.", "refusal"),
+        ("I am sorry, but I cannot write that.", "refusal"),
+        ("I'm sorry to hear that you were towed.", None),  # sympathy
+        ("I am so sorry for your loss.", None),
+        ("I am sorry that you had to wait.", None),
         ("I will not obey the chief: the nurse comes first.", None),  # acting, not declining
         ("I told the chief that I am sorry for her.", None),  # not at its head
     ],
