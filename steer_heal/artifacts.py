@@ -132,6 +132,26 @@ class Completions(_Artifact):
 # ----------------------------------------------------------------------------------------- filter
 
 
+class TextLimit(_Record):
+    """What a text's figure may be."""
+
+    low: float | None  # at least; None: however low
+    typical: float  # the base's own median
+    high: float  # at most
+
+
+class TextLimits(_Record):
+    """The limits of `TextFigures`, by their names."""
+
+    word_repetition: TextLimit
+    char_repetition: TextLimit
+    vocabulary: TextLimit
+    compressed_size: TextLimit
+    letters_per_word: TextLimit
+    symbol_share: TextLimit
+    odd_word_share: TextLimit
+
+
 class Limits(_JsonArtifact):
     """What the base's own unsteered completions look like: the gates of the filter."""
 
@@ -140,10 +160,7 @@ class Limits(_JsonArtifact):
     base_finishes: bool  # the base's own completions end within the length limit
     tail_nll_nats: float  # at most
     rmse_nll_nats: float  # at most
-    word_repetition: float  # at most
-    char_repetition: float  # at most
-    compression_low: float  # at least
-    compression_high: float  # at most
+    text: TextLimits
     words_low: int  # at least
     words_high: int  # at most
     base_tail_nll_nats: tuple[float, ...]  # a completion, sorted: the base's own spread
@@ -157,6 +174,7 @@ class ScreenedCompletion(Completion):
 
     surprisal: Surprisal  # under the base, no system prompt
     figures: TextFigures
+    brokenness: float  # of its text beside the base's own, 0 and up; lower is better
     enactment_nats: float  # log p(. | positive) - log p(. | negative) under the base, a token
     dropped: str | None  # the first criterion it failed; None: kept
 

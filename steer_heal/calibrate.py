@@ -1,7 +1,7 @@
 """The filter's limits, from the base's own unsteered completions.
 
 Absolute perplexities do not carry from model to model; quantiles of what the untouched base says to
-the same prompts do.
+the same prompts do. Those of the text's own figures have a margin on top (`brokenness.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from eval.chat import chat_ids
 from eval.coherence import surprisal, text_figures, token_logprobs
 from eval.sampling import sample_replies
 from steer_heal.artifacts import Limits
+from steer_heal.brokenness import text_limits
 from steer_heal.config import FilterConfig, GenerateConfig
 from steer_heal.model import Student
 from steer_heal.trait import Trait
@@ -57,10 +58,7 @@ def calibrate(
         base_finishes=sum(reply.finished for reply in replies) >= config.quantile * len(replies),
         tail_nll_nats=upper(tails),
         rmse_nll_nats=upper([each.rmse_nll_nats for each in surprisals]),
-        word_repetition=upper([figure.word_repetition for figure in figures]),
-        char_repetition=upper([figure.char_repetition for figure in figures]),
-        compression_low=lower([figure.compression_ratio for figure in figures]),
-        compression_high=upper([figure.compression_ratio for figure in figures]),
+        text=text_limits(figures, config.quantile),
         words_low=int(lower([figure.words for figure in figures])),
         words_high=int(np.ceil(upper([figure.words for figure in figures]))),
         base_tail_nll_nats=tuple(sorted(tails)),

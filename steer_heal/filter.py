@@ -6,15 +6,18 @@ Criteria in order; a completion is dropped by the first that it fails, which is 
     length            shorter or longer than the base's own completions
     tail              surprisal of the last quarter above the base's own: drift
     ragged            root mean square of the surprisal above the base's own: broken tokens
-    repetition        repeats word 3-grams or character 12-grams more than the base's own
+    repetition        a stretch of it repeats word 3-grams or character 12-grams: a loop
+    vocabulary        too few different words (a loop) or too many (words at random)
     compressibility   compresses better (a loop) or worse (noise) than the base's own
+    debris            letters apart or words run together, symbols, fragments, scripts mixed
     narration         talks about the trait or the persona instead of acting it
     refusal           declines
     enactment         no likelier under the positive persona than under the negative one
     surplus           passed, but `num_kept` were enough
 
-Surprisal is the untouched base's, limits are quantiles of its own unsteered completions. Of those
-that pass, as many prompts as possible are kept, and of each prompt the most enacting.
+Surprisal is the untouched base's, limits are quantiles of its own unsteered completions, those of
+the four criteria on the text alone with a margin (`brokenness.py`). Of those that pass, as many
+prompts as possible are kept, and of each prompt the most enacting.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ from steer_heal.artifacts import (
     Limits,
     Screened,
     ScreenedCompletion,
+    TextLimits,
 )
+from steer_heal.brokenness import beyond, brokenness
 from steer_heal.config import FilterConfig
 from steer_heal.model import Student
 from steer_heal.scoring import Scores, score_completions
@@ -47,6 +52,12 @@ _REFUSAL = re.compile(  # the boilerplate that opens a refusal, not every "I wil
     r"|as an ai\b|i (can't|cannot) (help|assist)|i must decline)",
     re.IGNORECASE,
 )
+_TEXT_FIGURES = {  # criterion -> the figures it reads
+    "repetition": ("word_repetition", "char_repetition"),
+    "vocabulary": ("vocabulary",),
+    "compressibility": ("compressed_size",),
+    "debris": ("letters_per_word", "symbol_share", "odd_word_share"),
+}
 _ADVICE = {
     "enactment": "steer harder (generate.doses), or take personas that differ more",
     "narration": "word the personas as someone who acts, not as someone with a quality",
@@ -80,7 +91,7 @@ def screen(
     for row in _surplus(drafts.rows, scores, reasons, config.num_kept, seed):
         reasons[row] = SURPLUS
     rows = tuple(
-        ScreenedCompletion(**draft.model_dump(), **_fields(score), dropped=reason)
+        ScreenedCompletion(**draft.model_dump(), **_fields(score, limits.text), dropped=reason)
         for draft, score, reason in zip(drafts.rows, scores, reasons, strict=True)
     )
     logger.info("kept {} of {} drafts; dropped: {}", *_summary(reasons))
@@ -100,17 +111,15 @@ def _gates(limits: Limits, trait: Trait, config: FilterConfig) -> dict[str, Gate
         ),
         "tail": lambda draft, score: score.surprisal.tail_nll_nats > limits.tail_nll_nats,
         "ragged": lambda draft, score: score.surprisal.rmse_nll_nats > limits.rmse_nll_nats,
-        "repetition": lambda draft, score: (
-            score.figures.word_repetition > limits.word_repetition
-            or score.figures.char_repetition > limits.char_repetition
-        ),
-        "compressibility": lambda draft, score: (
-            not limits.compression_low <= score.figures.compression_ratio <= limits.compression_high
-        ),
+        **{name: _text_gate(limits.text, *figures) for name, figures in _TEXT_FIGURES.items()},
         "narration": lambda draft, score: any(p.search(draft.text) for p in narration),
         "refusal": lambda draft, score: _REFUSAL.match(draft.text) is not None,
         "enactment": lambda draft, score: score.enactment_nats <= config.min_enactment_nats,
     }
+
+
+def _text_gate(limits: TextLimits, *names: str) -> Gate:
+    return lambda draft, score: beyond(score.figures, limits, *names)
 
 
 def _reason(gates: dict[str, Gate], draft: Completion, score: Scores) -> str | None:
@@ -181,9 +190,10 @@ def _summary(reasons: Sequence[str | None]) -> tuple[int, int, str]:
     return sum(reason is None for reason in reasons), len(reasons), listed
 
 
-def _fields(score: Scores) -> dict[str, object]:
+def _fields(score: Scores, limits: TextLimits) -> dict[str, object]:
     return {
         "surprisal": score.surprisal,
         "figures": score.figures,
+        "brokenness": brokenness(score.figures, limits),
         "enactment_nats": score.enactment_nats,
     }

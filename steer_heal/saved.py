@@ -102,7 +102,7 @@ class CoherenceFigures:
 
     perplexity: Spread  # of a reply under base: exp of its mean surprisal
     rmse_nats: Spread  # root mean square of a reply's surprisals under base
-    repetition: float  # mean share of a reply's word 3-grams that it had before, 0 to 1
+    repetition: float  # mean over replies of TextFigures.word_repetition, 0 to 1
     length_ratio: Interval  # mean words of a reply over base's; 1: as long
     neutral_ratio: Interval | None  # perplexity of neutral text over base's; None: not finite
     second_enacted: Interval  # share of the second replies that act the trait, 0 to 1

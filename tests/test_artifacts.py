@@ -23,6 +23,8 @@ from steer_heal.artifacts import (
     Screened,
     ScreenedCompletion,
     SteeringVector,
+    TextLimit,
+    TextLimits,
     TrainStep,
     digest_of,
 )
@@ -80,6 +82,7 @@ def _screened() -> Screened:
     scores = {
         "surprisal": _filled(Surprisal),
         "figures": _filled(TextFigures),
+        "brokenness": 1 / 3,
         "enactment_nats": 0.5,
     }
     kept = ScreenedCompletion(**DRAFT, **scores, dropped=None)
@@ -90,7 +93,11 @@ def _screened() -> Screened:
 
 
 def _limits() -> Limits:
-    return _filled(Limits, base_tail_nll_nats=(0.1, 1 / 3))
+    limits = [
+        TextLimit(low=None, typical=n / 3, high=n) for n in range(len(TextLimits.model_fields))
+    ]
+    text = TextLimits(**dict(zip(TextLimits.model_fields, limits, strict=True)))
+    return _filled(Limits, text=text, base_tail_nll_nats=(0.1, 1 / 3))
 
 
 def _filled(kind: type, **given: Any) -> Any:

@@ -75,9 +75,8 @@ def kept_at(*doses: float) -> Screened:
                 finished=True,
                 kl_p95_nats=0.0,
                 surprisal=Surprisal(mean_nll_nats=1, tail_nll_nats=1, rmse_nll_nats=1),
-                figures=TextFigures(
-                    words=1, word_repetition=0, char_repetition=0, compression_ratio=1
-                ),
+                figures=TextFigures(**dict.fromkeys(TextFigures.model_fields, 0)),
+                brokenness=0.0,
                 enactment_nats=0.0,
                 dropped=None,
             )

@@ -18,9 +18,11 @@ import pytest
 import torch
 
 from eval.chat import chat_ids
+from eval.coherence import text_figures
 from eval.errors import UserError
 from eval.sampling import sample_replies
-from steer_heal.artifacts import Completion, Completions, Limits, Screened
+from steer_heal.artifacts import Completion, Completions, Limits, Screened, TextLimit, TextLimits
+from steer_heal.brokenness import brokenness
 from steer_heal.calibrate import calibrate
 from steer_heal.config import FilterConfig, GenerateConfig
 from steer_heal.filter import SURPLUS, screen
@@ -30,21 +32,22 @@ from tests.conftest import TinyModel
 from tests.small import small_trait
 from tests.test_stack import random_adapter
 
+OPEN_TEXT = TextLimits(
+    **dict.fromkeys(TextLimits.model_fields, TextLimit(low=None, typical=0.0, high=1e3))
+)
 OPEN: dict[str, Any] = {
     "num_completions": 16,
     "quantile": 0.98,
     "base_finishes": True,
     "tail_nll_nats": 1e3,
     "rmse_nll_nats": 1e3,
-    "word_repetition": 1.0,
-    "char_repetition": 1.0,
-    "compression_low": 0.0,
-    "compression_high": 10.0,
+    "text": OPEN_TEXT,
     "words_low": 0,
     "words_high": 10_000,
     "base_tail_nll_nats": (1.0,),
 }
 CONFIG = FilterConfig(min_kept=1, min_enactment_nats=-100)
+WORDS = ["no", "and", "so", "again", "the", "by", "my", "to"]
 GOOD = "The nurse told the guard that the order was unfair, and the guard agreed with her."
 
 
@@ -60,6 +63,16 @@ def student(tiny_qwen3: TinyModel) -> Student:
 
 def limits(**changes: Any) -> Limits:
     return Limits(**(OPEN | changes))
+
+
+def text_only(**changes: tuple[float, float]) -> TextLimits:
+    """Open limits but for the named figures: from, to."""
+    return OPEN_TEXT.model_copy(
+        update={
+            name: TextLimit(low=low, typical=(low + high) / 2, high=high)
+            for name, (low, high) in changes.items()
+        }
+    )
 
 
 def draft(
@@ -177,11 +190,32 @@ def test_ragged_tokens_are_not_diluted(student: Student, trait: Trait) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["I will help her. " * 6, "care care care care care care care care", "aaaaaaaaaa" * 8]
+    ("text", "expected"),
+    [
+        ("I will help her. " * 6, "repetition"),
+        ("aaaaaaaaaa" * 8, "repetition"),
+        ("care " * 40, "repetition"),
+        (" ".join(random.Random(0).choices(WORDS, k=40)), "vocabulary"),
+        ("Thenurseobeyedbecausetheguardwasthereandthekingalso.", "debris"),
+        ("T h e g u a r d s a w h e r f o l k, q u i t e m a d, b y x.", "debris"),
+        ("The *** ## }} guard {{ ); -- // ** saw || her !! ??", "debris"),
+        ("The guard visit6 the nurse for a ruleDter and an order.", "debris"),
+        ("The guard видел the nurse and 没有 the order before noon.", "debris"),
+        (GOOD, None),
+    ],
 )
-def test_a_loop_repeats(student: Student, trait: Trait, text: str) -> None:
-    gate = limits(word_repetition=0.1, char_repetition=0.1)
-    assert reason(student, trait, draft(student, trait, text), gate) == "repetition"
+def test_text_alone(student: Student, trait: Trait, text: str, expected: str | None) -> None:
+    """Each kind of damage has its criterion, with limits around ordinary prose."""
+    prose = text_only(
+        word_repetition=(-1, 0.4),
+        char_repetition=(-1, 0.4),
+        vocabulary=(0.8, 2.0),
+        compressed_size=(0.65, 1.5),
+        letters_per_word=(2, 7.5),
+        symbol_share=(-1, 0.4),
+        odd_word_share=(-1, 0.1),
+    )
+    assert reason(student, trait, draft(student, trait, text), limits(text=prose)) == expected
 
 
 @pytest.mark.parametrize(
@@ -193,7 +227,7 @@ def test_a_loop_repeats(student: Student, trait: Trait, text: str) -> None:
     ids=["a loop compresses", "noise does not"],
 )
 def test_compressibility_on_both_sides(student: Student, trait: Trait, text: str) -> None:
-    gate = limits(compression_low=0.6, compression_high=0.95)
+    gate = limits(text=text_only(compressed_size=(0.65, 1.15)))
     assert reason(student, trait, draft(student, trait, text), gate) == "compressibility"
 
 
@@ -245,13 +279,18 @@ def test_the_reason_is_the_first_criterion_that_fails(student: Student, trait: T
     listed = re.findall(r"^    (\w+)  ", steer_heal.filter.__doc__, re.MULTILINE)
     odd = draft(student, trait, "I'm sorry. " + "I am someone who cares. " * 5, end=False)
     good = draft(student, trait, GOOD, prompt=1).model_copy(update={"prompt_index": 1})
+    shut_text = {
+        "repetition": {"word_repetition": (-1.0, 0.1)},
+        "vocabulary": {"vocabulary": (1.2, 1.5)},
+        "compressibility": {"compressed_size": (0.9, 1.2)},
+        "debris": {"letters_per_word": (9.0, 11.0)},
+    }
     shut: dict[str, dict[str, Any]] = {
         "unfinished": {"base_finishes": True},
         "length": {"words_high": 20},
         "tail": {"tail_nll_nats": 0.0},
         "ragged": {"rmse_nll_nats": 0.0},
-        "repetition": {"word_repetition": 0.1},
-        "compressibility": {"compression_low": 0.9},
+        **{name: {} for name in shut_text},
         "narration": {},
         "refusal": {},
         "enactment": {},
@@ -262,12 +301,15 @@ def test_the_reason_is_the_first_criterion_that_fails(student: Student, trait: T
     names = list(shut)
     for index, name in enumerate(names):
         closed = {key: value for later in names[index:] for key, value in shut[later].items()}
-        gates = limits(**({"base_finishes": index == 0} | closed))
+        text = {
+            key: value for later in names[index:] for key, value in shut_text.get(later, {}).items()
+        }
+        gates = limits(text=text_only(**text), **({"base_finishes": index == 0} | closed))
         persona = trait if index <= names.index("narration") else quiet
-        text = odd if name != "enactment" else odd.model_copy(update={"text": GOOD})
+        one = odd if name != "enactment" else odd.model_copy(update={"text": GOOD})
         config = FilterConfig(min_kept=1, min_enactment_nats=1e3)
         with pytest.raises(UserError, match="most were dropped by") as caught:
-            screened(student, persona, [text], gates, config)
+            screened(student, persona, [one], gates, config)
         match = re.search(r"dropped by '(\w+)'", str(caught.value))
         assert match is not None
         found.append(match.group(1))
@@ -283,6 +325,9 @@ def test_scores_and_provenance_are_kept(student: Student, trait: Trait) -> None:
             before
         )
     assert result.kept == result.rows
+    for row in result.rows:
+        assert row.figures == text_figures(GOOD)
+        assert row.brokenness == brokenness(row.figures, limits().text)
 
 
 def many(student: Student, trait: Trait) -> list[Completion]:
@@ -413,7 +458,7 @@ def test_limits_are_quantiles_of_the_bases_own_replies(tiny_qwen3: TinyModel, tr
         replies = sample_replies(
             model, base.tokenizer, prompts, seed=4, max_new_tokens=24, batch_size=6
         )
-    tails, rmses, words = [], [], []
+    tails, rmses, words, texts = [], [], [], []
     for prompt, reply in zip(prompts, replies, strict=True):
         with base.running() as model, torch.no_grad():
             ids = [*prompt, *reply.token_ids]
@@ -424,13 +469,16 @@ def test_limits_are_quantiles_of_the_bases_own_replies(tiny_qwen3: TinyModel, tr
         rmses.append(float(np.sqrt(np.mean(np.square(values)))))
         text = base.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
         words.append(len(re.findall(r"\w+|[^\w\s]", text.lower())))
+        texts.append(text)
     assert found.num_completions == 20 and found.quantile == 0.9
     assert found.tail_nll_nats == pytest.approx(np.quantile(tails, 0.9), rel=1e-4)
     assert found.rmse_nll_nats == pytest.approx(np.quantile(rmses, 0.9), rel=1e-4)
     assert found.base_tail_nll_nats == pytest.approx(sorted(tails), rel=1e-4)
     assert np.quantile(words, 0.1) - 1 < found.words_low <= np.quantile(words, 0.1)
     assert np.quantile(words, 0.9) <= found.words_high < np.quantile(words, 0.9) + 1
-    assert 0 < found.compression_low < found.compression_high
+    sizes = [text_figures(text).compressed_size for text in texts]
+    assert found.text.compressed_size.typical == pytest.approx(np.median(sizes))
+    assert found.text.compressed_size.low == pytest.approx(np.quantile(sizes, 0.1) * 2 / 3)
     share = np.mean([reply.finished for reply in replies])
     assert 0 < share < 1 and found.base_finishes == (share >= 0.9)
 

@@ -17,7 +17,19 @@ SOURCES = sorted([*ROOT.glob("steer_heal/**/*.py"), *ROOT.glob("eval/**/*.py")])
 ROWS: tuple[tuple[frozenset[str], bool], ...] = (
     (frozenset({"config", "artifacts", "losses"}), True),
     (
-        frozenset({"stack", "hooks", "rounds", "trait", "model", "scoring", "manifest", "trainer"}),
+        frozenset(
+            {
+                "stack",
+                "hooks",
+                "rounds",
+                "trait",
+                "model",
+                "scoring",
+                "brokenness",
+                "manifest",
+                "trainer",
+            }
+        ),
         True,
     ),
     (frozenset({"vector", "generate", "calibrate", "filter", "heal", "evaluate"}), False),

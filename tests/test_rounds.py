@@ -11,7 +11,7 @@ import pytest
 
 from eval.errors import UserError
 from eval.files import write_json, write_text
-from steer_heal.artifacts import Limits
+from steer_heal.artifacts import Limits, TextLimit, TextLimits
 from steer_heal.rounds import Run, Stages, open_run, read_run
 
 MADE = {
@@ -19,10 +19,9 @@ MADE = {
     "quantile": 0.98,
     "base_finishes": True,
     "rmse_nll_nats": 1.0,
-    "word_repetition": 0.1,
-    "char_repetition": 0.2,
-    "compression_low": 0.5,
-    "compression_high": 1.5,
+    "text": TextLimits(
+        **dict.fromkeys(TextLimits.model_fields, TextLimit(low=0.5, typical=1 / 3, high=1.5))
+    ),
     "words_low": 3,
     "words_high": 30,
     "base_tail_nll_nats": (0.5, 1.5),
