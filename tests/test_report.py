@@ -325,16 +325,17 @@ def test_doses_drops_and_training_are_those_of_the_files(
         assert {k: int(v) for k, v in counts.items()} == {k: reasons.count(k) for k in counts}
         doses = [line for line in tables["doses"][1:] if line[0] == str(index + 1)]
         points = json.loads((folder / "dose.json").read_text())
-        assert [line[1] for line in doses] == [f"{point['dose']:g}" for point in points]
+        assert [line[1] for line in doses] == [f"{point['dose']:.3g}" for point in points]
         assert [line[5] for line in doses] == [_signed(p["enactment_nats"]) for p in points]
         steps = [json.loads(line) for line in (folder / "train.jsonl").open()]
         line = tables["training"][1 + index]
         assert line[1] == str(len(steps))
         assert len(steps) == 4  # so a quarter is one step
         assert line[2] == f"{steps[0]['nll_nats']:.2f} → {steps[-1]['nll_nats']:.2f}"
-        assert line[3] == f"{steps[-1]['kl_nats']:.3f}"
+        assert line[3] == f"{steps[0]['soft_nats']:.3f} → {steps[-1]['soft_nats']:.3f}"
+        assert line[4] == f"{steps[-1]['kl_nats']:.3f}"
         fired = sum(step["share_over"] > 0 for step in steps) / len(steps)
-        assert line[5] == ("never fired" if fired == 0 else percent(fired))
+        assert line[6] == ("never fired" if fired == 0 else percent(fired))
 
 
 def test_retention_is_healed_over_steered(made: Path, report: Summary) -> None:
