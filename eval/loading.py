@@ -38,11 +38,11 @@ def load_model(folder: Path, model_id: str, device: str = "auto") -> tuple[Any, 
         model_id: what error messages call it.
         device: cpu, cuda, mps; auto takes a GPU where there is one.
     Raises:
-        UserError: what cannot be loaded, or a tokenizer without a chat template.
+        UserError: no such device, what cannot be loaded, or a tokenizer without a chat template.
     """
     logging.disable_progress_bar()
-    tokenizer = _load_tokenizer(folder, model_id)
     target = torch.device(_pick(device))
+    tokenizer = _load_tokenizer(folder, model_id)
     return _load_weights(folder, model_id, target).to(target).eval(), tokenizer
 
 
@@ -122,9 +122,14 @@ def _from_hub(model_id: str) -> Path:
 
 
 def _pick(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "cuda" if here["cuda"] else "cpu"
+    if not here.get(device, True):
+        raise UserError(
+            f"device={device}: torch finds no such device here; device=auto takes what there is"
+        )
+    return device
 
 
 def _first_line(error: Exception) -> str:

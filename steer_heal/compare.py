@@ -121,7 +121,7 @@ def _figures(run: SavedRun, intended: dict[str, Any]) -> dict[str, float]:
     return figures | {
         "pmass": mean_pmass(rows.choices),
         "mundane": _mean(rows.tasks, lambda row: row.right),
-        "tail nats": _mean(rows.replies, lambda row: row.surprisal.tail_nll_nats),
+        "mean tail nats": _mean(rows.replies, lambda row: row.surprisal.tail_nll_nats),
     }
 
 
@@ -161,7 +161,7 @@ def _intervals(first: SavedRun, other: SavedRun) -> dict[str, Interval]:
     intervals["mundane"] = _difference(
         [row.right for row in left.tasks], [row.right for row in right.tasks]
     )
-    intervals["tail nats"] = _reply_difference(
+    intervals["mean tail nats"] = _reply_difference(
         left, right, lambda reply: reply.surprisal.tail_nll_nats
     )
     return intervals

@@ -161,6 +161,8 @@ class RunConfig(Settings):
     def _personas_together(self) -> RunConfig:
         if (self.pos is None) != (self.neg is None):
             raise ValueError("pos and neg: give both personas or none")
+        if self.pos is not None and self.pos == self.neg:
+            raise ValueError("pos and neg are the same: take direct opposites")
         return self
 
 

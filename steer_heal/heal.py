@@ -129,7 +129,7 @@ def _train(
     steps = tuple(TrainStep(step=step, **record) for step, record in enumerate(records))
     share = sum(step.share_over > 0 for step in steps) / len(steps)
     logger.info(
-        "heal: nll {:.3f} -> {:.3f} nats, barrier on in {:.0%} of {} steps",
+        "heal: nll {:.3f} nats at the first step, {:.3f} at the last; barrier on in {:.0%} of {}",
         *(steps[0].nll_nats, steps[-1].nll_nats, share, len(steps)),
     )
     return steps

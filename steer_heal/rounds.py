@@ -74,6 +74,7 @@ class Stages:
         self.path = path
         self.label = label  # how messages call it
         self._seed_path = seed_path
+        self.spent_s = 0.0  # wall time that its stages took in this process
 
     def seed(self, stage: str) -> int:
         """Seed of a stage's draws, from (run, round, stage): 31 bits."""
@@ -86,7 +87,9 @@ class Stages:
         recorded = self._recorded().get(name)
         if recorded is None:
             logger.info("{}: {}", self.label, name)
+            start = time.monotonic()
             self._write(kind, stage(*inputs), fingerprint)
+            self.spent_s += time.monotonic() - start
         elif recorded.inputs != fingerprint:
             raise UserError(
                 f"{self.path / kind.files[0]} was made from other inputs than this run would give "
@@ -193,13 +196,14 @@ class Run(Stages):
         first = len(self.done_rounds())
         if first >= total:
             logger.info("{} is done: {} rounds; N={} goes further", self.label, first, first + 1)
-        start = time.monotonic()
+        start, before = time.monotonic(), self.spent_s
         for index in range(first, total):
             following = self.round(index)
             with disk_errors(self.path):
                 following.path.mkdir(parents=True, exist_ok=True)
             yield following
-            taken = (time.monotonic() - start) / (index + 1 - first)
+            once_s = self.spent_s - before  # the run's own stages do not come again
+            taken = (time.monotonic() - start - once_s) / (index + 1 - first)
             left = f", about {taken * (total - 1 - index):.0f} s to go" if index + 1 < total else ""
             logger.info("{} of {} rounds done, {:.0f} s each{}", index + 1, total, taken, left)
 

@@ -23,7 +23,7 @@ from tests.small import FOUNDATIONS, small_settings
 from tests.tiny import tiny_model_folder
 
 FIGURES = ["enacted", *(f"{name}_nats" for name in sorted(FOUNDATIONS)), "pmass", "mundane"]
-FIGURES += ["tail nats", "selectivity", "flip rate"]
+FIGURES += ["mean tail nats", "selectivity", "flip rate"]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def _figures(path: Path) -> dict[str, float]:
         "enacted": statistics.mean(reply["enacted"] for reply in rows["replies"]),
         "pmass": statistics.mean(row["pmass"] for row in rows["choices"]),
         "mundane": statistics.mean(task["right"] for task in rows["tasks"]),
-        "tail nats": statistics.mean(
+        "mean tail nats": statistics.mean(
             reply["surprisal"]["tail_nll_nats"] for reply in rows["replies"]
         ),
     }

@@ -139,6 +139,11 @@ def test_bad_value_names_field_value_and_what_is_allowed(setting: str, parts: li
         assert part in message
 
 
+def test_a_persona_that_is_its_own_opposite_is_refused() -> None:
+    with pytest.raises(UserError, match="pos and neg are the same"):
+        resolve_config(["pos=You are kind.", "neg=You are kind."])
+
+
 def test_empty_personas_are_refused() -> None:
     with pytest.raises(UserError, match=r"pos is ''.*neg is ''"):
         resolve_config(["pos=", "neg="])

@@ -229,6 +229,14 @@ def test_a_folder_without_weights(tiny_qwen3: TinyModel, tmp_path: Path) -> None
     assert "no safetensors weights" in refused(folder)
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused(tiny_qwen3: TinyModel, device: str) -> None:
+    if torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available():
+        pytest.skip(f"{device} is there")
+    with pytest.raises(UserError, match=f"device={device}: torch finds no such device"):
+        load_student(str(tiny_qwen3.folder), [], device)
+
+
 def test_pickled_weights_are_not_loaded(tiny_qwen3: TinyModel, tmp_path: Path) -> None:
     folder = copied(tiny_qwen3, tmp_path)
     (folder / "model.safetensors").unlink()

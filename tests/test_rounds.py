@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loguru import logger
 
 from eval.errors import UserError
 from eval.files import write_json, write_text
@@ -158,6 +160,21 @@ def test_rounds_are_done_without_a_gap(tmp_path: Path) -> None:
         assert [done.index for done in run.done_rounds()] == [0]
         assert [following.index for following in run.unfinished_rounds(4)] == [1, 2, 3]
         assert [round.adapter_name for round in run.done_rounds()] == ["r00"]
+
+
+def test_the_time_to_go_leaves_out_what_comes_once(tmp_path: Path) -> None:
+    run, said = Run(tmp_path, 0), []
+    sink = logger.add(lambda line: said.append(str(line)), format="{message}")
+
+    def slow() -> Limits:
+        time.sleep(2)
+        return Counter()()
+
+    for index, _ in enumerate(run.unfinished_rounds(2)):
+        if index == 0:
+            run.once(Limits, slow)
+    logger.remove(sink)
+    assert "1 of 2 rounds done, 0 s each, about 0 s to go\n" in said
 
 
 def test_marker_without_records_is_no_finished_round(tmp_path: Path) -> None:
