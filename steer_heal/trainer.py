@@ -46,7 +46,7 @@ class DoseCollator(DataCollatorForLanguageModeling):
 
 
 class HealTrainer(SFTTrainer):
-    """TRL's SFT trainer with the barrier; only the parameters that require grad are trained."""
+    """TRL's SFT trainer with barrier and soft targets; trains the parameters that require grad."""
 
     loss_is_scaled_for_ga: Any = (
         True  # `num_items_in_batch` already spans the accumulated micro-batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,7 +175,9 @@ def test_the_time_to_go_leaves_out_what_comes_once(tmp_path: Path) -> None:
         if index == 0:
             run.once(Limits, slow)
     logger.remove(sink)
-    assert "1 of 2 rounds done, 0 s each, about 0 s to go\n" in said
+    (line,) = [each for each in said if each.startswith("1 of 2 rounds done")]
+    each, to_go = (int(number) for number in re.findall(r"(\d+) s\b", line))
+    assert each < 2 and to_go < 2  # the two seconds of the run's own stage are not in it
 
 
 def test_marker_without_records_is_no_finished_round(tmp_path: Path) -> None:
