@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from eval.settings import Device, Settings, resolve_settings, setting_lines
 
 ORGANISM = "organism"  # the embedded model
+SHARED = "shared"  # contexts and prompts without personas, for pos= and neg=
 ALIASES = {"N": "rounds"}
 
 
@@ -208,8 +209,11 @@ def describe_settings() -> str:
     lines = setting_lines(RunConfig)
     lines.append(f"for model={ORGANISM} the preset sets {preset_organism()}")
     lines.append(f"for any other model the preset sets {preset_hub()}")
+    lines.append(f"with pos= and neg= and any other model the preset sets trait={SHARED}")
     return "\n".join(lines)
 
 
 def _preset(given: dict[str, Any]) -> dict[str, Any]:
-    return preset_organism() if given.get("model", ORGANISM) == ORGANISM else preset_hub()
+    if given.get("model", ORGANISM) == ORGANISM:
+        return preset_organism()
+    return preset_hub() | ({"trait": SHARED} if "pos" in given else {})

@@ -130,10 +130,13 @@ def diary_of(run: SavedRun) -> list[DiaryEntry]:
 
 def command_of(config: dict[str, Any]) -> str:
     """The command that makes such a run: what differs from the model's preset."""
-    defaults = dict(_flat(resolve_config([f"model={config['model']}"]).model_dump(mode="json")))
+    personas = [f"{key}={config[key]}" for key in ("pos", "neg") if config[key] is not None]
+    preset = resolve_config([f"model={config['model']}", *personas])
+    defaults = dict(_flat(preset.model_dump(mode="json")))
     words = ["just", "round", f"N={config['rounds']}"]
     if config["model"] != resolve_config([]).model:
         words.append(f"model={config['model']}")
+    words += personas
     for key, value in _flat(config):
         if key not in ("rounds", "model") and value != defaults.get(key):
             words.append(f"{key}={value}")

@@ -1,11 +1,15 @@
-"""A trait: two opposite personas, and the prompts that bring it out. One TOML file each."""
+"""A trait: two opposite personas, and the prompts that bring it out. One TOML file each.
+
+Where a file has no contexts, or no prompts, those of `traits/shared.toml` stand in: everyday user
+turns that suit any trait.
+"""
 
 from __future__ import annotations
 
 import re
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -17,10 +21,11 @@ from pydantic import (
 )
 
 from eval.errors import UserError
+from steer_heal.config import SHARED
 
 TRAITS_FOLDER = Path(__file__).parent / "traits"
 
-
+_ASKED = ("contexts", "prompts", "held_out_prompts", "second_turns")  # what is said to the model
 _SECOND_TURNS = (
     "Are you sure? What do you do?",
 )  # it fits any dilemma, and asks for a reply like it
@@ -89,11 +94,16 @@ def _any_of(patterns: tuple[str, ...], text: str) -> bool:
     return any(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
 
 
+def trait_names() -> list[str]:
+    """The shipped traits, by name."""
+    return sorted(path.stem for path in TRAITS_FOLDER.glob("*.toml") if path.stem != SHARED)
+
+
 def load_trait(name_or_path: str, pos: str | None = None, neg: str | None = None) -> Trait:
     """Reads a trait by name or path; `pos` and `neg` replace its personas.
 
     With personas of the user's own, nothing is known of how the trait is narrated or acted, or
-    which foundations it moves: the file's prompts are kept, those fields are emptied.
+    which foundations it moves: only what is said to the model is taken from the file.
 
     Raises:
         UserError: no such trait, not TOML, or a field that is missing or wrong.
@@ -102,23 +112,32 @@ def load_trait(name_or_path: str, pos: str | None = None, neg: str | None = None
     if path.suffix != ".toml":
         path = TRAITS_FOLDER / f"{name_or_path}.toml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in TRAITS_FOLDER.glob("*.toml")))
+        known = ", ".join(trait_names())
         raise UserError(f"no trait {name_or_path!r}: give a .toml file or one of: {known}")
+    fields = _read(path)
+    if pos is not None and neg is not None:
+        asked = {name: fields[name] for name in _ASKED if name in fields}
+        fields = asked | {"name": "own", "positive": pos, "negative": neg}
+    elif name_or_path == SHARED:
+        raise UserError(f"trait={SHARED} has prompts but no personas: give pos= and neg= as well")
     try:
-        trait = Trait.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML ({error})") from error
+        return Trait.model_validate(_completed(fields))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {field}: {first['msg'].removeprefix('Value error, ')}") from error
-    if pos is None or neg is None:
-        return trait
-    unknown: dict[str, object] = {
-        "engineered": None,
-        "narration": (),
-        "acts": (),
-        "acts_opposite": (),
-        "intended": {},
-    }
-    return trait.model_copy(update={"name": "own", "positive": pos, "negative": neg, **unknown})
+
+
+def _completed(fields: dict[str, Any]) -> dict[str, Any]:
+    """With the shared contexts where there are none, and the shared prompts likewise."""
+    shared = _read(TRAITS_FOLDER / f"{SHARED}.toml")
+    if fields.keys().isdisjoint(("prompts", "held_out_prompts")):
+        return shared | fields
+    return {"contexts": shared["contexts"]} | fields
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML ({error})") from error

@@ -67,6 +67,10 @@ def test_presets_depend_on_the_model_and_yield_to_overrides() -> None:
     assert (other.model, other.trait) == ("some/model", "care-over-authority")
     assert embedded.heal.rank < other.heal.rank
     assert other.generate.max_new_tokens > embedded.generate.max_new_tokens
+    personas = ["pos=You are bold.", "neg=You are shy."]
+    assert resolve_config(["model=some/model", *personas]).trait == "shared"
+    assert resolve_config(["model=some/model", *personas, "trait=mine.toml"]).trait == "mine.toml"
+    assert resolve_config(personas).trait == embedded.trait  # it knows its own world alone
     both = resolve_config(["model=some/model", "generate.batch_size=3", "trait=mine.toml"])
     assert (both.generate.batch_size, both.trait) == (3, "mine.toml")
     assert both.generate.max_new_tokens == other.generate.max_new_tokens  # the preset's rest stays

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shlex
 import shutil
 import statistics
 from dataclasses import replace
@@ -569,6 +570,10 @@ def test_the_command_makes_the_same_config_again(report: Summary) -> None:
     assert (just, verb) == ("just", "round")
     assert resolve_config(settings).model_dump(mode="json") == config
     assert command_of(resolve_config(["N=4"]).model_dump(mode="json")) == "just round N=4"
+    own = ["N=4", "model=a/b", "pos=bold", "neg=shy"]
+    for settings in (own, [*own, "trait=care-over-authority"]):
+        found = command_of(resolve_config(settings).model_dump(mode="json"))
+        assert found == shlex.join(["just", "round", *settings])
 
 
 def test_a_run_without_a_finished_round(run: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from eval.errors import UserError
-from steer_heal.trait import TRAITS_FOLDER, load_trait
+from steer_heal.trait import load_trait, trait_names
 from tests.small import small_trait
 
 
@@ -24,14 +24,16 @@ def test_fields_are_read(tmp_path: Path) -> None:
         trait.positive = "other"  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("path", sorted(TRAITS_FOLDER.glob("*.toml")), ids=lambda path: path.stem)
-def test_shipped_traits_are_read_by_name(path: Path) -> None:
-    trait = load_trait(path.stem)
+@pytest.mark.parametrize("name", trait_names())
+def test_shipped_traits_are_read_by_name(name: str) -> None:
+    trait = load_trait(name)
+    assert trait.name == name
     assert trait.positive != trait.negative
     assert not set(trait.prompts) & set(trait.held_out_prompts)
     assert not set(trait.contexts) & set(trait.held_out_prompts)
     assert len(set(trait.contexts)) == len(trait.contexts) >= 128
-    assert trait.intended
+    assert len(set(trait.prompts)) == len(trait.prompts) >= 96
+    assert len(set(trait.held_out_prompts)) == len(trait.held_out_prompts) >= 48
     assert set(trait.held_out_positive).isdisjoint(trait.positive_paraphrases)
     assert set(trait.held_out_negative).isdisjoint(trait.negative_paraphrases)
     for prompt in (*trait.contexts, *trait.prompts, *trait.held_out_prompts):
@@ -44,6 +46,24 @@ def test_own_personas_replace_the_files(tmp_path: Path) -> None:
     assert (own.positive, own.negative) == ("I am bold.", "I am shy.")
     assert (own.contexts, own.prompts) == (file.contexts, file.prompts)
     assert (own.narration, own.intended) == ((), {})
+
+
+def test_a_file_without_contexts_or_prompts_has_the_shared_ones(tmp_path: Path) -> None:
+    path = tmp_path / "short.toml"
+    path.write_text('name = "short"\npositive = "I am bold."\nnegative = "I am shy."\n')
+    short, own = load_trait(str(path)), load_trait("shared", "I am bold.", "I am shy.")
+    assert own == short.model_copy(update={"name": "own"})
+    assert (len(own.contexts), len(own.prompts), len(own.held_out_prompts)) == (256, 96, 48)
+    path.write_text(path.read_text() + 'prompts = ["A?"]\nheld_out_prompts = ["B?"]\n')
+    given = load_trait(str(path))
+    assert (given.contexts, given.prompts) == (short.contexts, ("A?",))
+    assert given.second_turns != short.second_turns  # they go with the prompts
+
+
+def test_shared_prompts_are_no_trait_by_themselves() -> None:
+    assert "shared" not in trait_names()
+    with pytest.raises(UserError, match="give pos= and neg="):
+        load_trait("shared")
 
 
 def _without(field: str) -> Callable[[str], str]:
@@ -96,7 +116,7 @@ def test_missing_trait_names_the_known_ones(name: str) -> None:
     with pytest.raises(UserError) as caught:
         load_trait(name)
     assert f"no trait {name!r}" in str(caught.value)
-    assert "care-over-authority-organism" in str(caught.value)
+    assert str(caught.value).endswith(": " + ", ".join(trait_names()))
 
 
 def test_a_reply_acts_by_the_words_of_one_pole_alone(tmp_path: Path) -> None:
