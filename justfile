@@ -33,6 +33,11 @@ report +RUNS: setup
 compare +RUNS: setup
     @{{bin}}/steer-heal compare "$@"
 
+# what a trait file lacks or gets wrong: just lint TRAIT [model=NAME]
+[no-exit-message]
+lint *ARGS: setup
+    @{{bin}}/steer-heal lint "$@"
+
 # the test suite, as CI runs it
 [no-exit-message]
 test *ARGS: setup

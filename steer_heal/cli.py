@@ -106,6 +106,21 @@ def bench(settings: Settings = None, seeds: int = 3) -> None:
 
 
 @app.command()
+def lint(
+    trait: Annotated[str, typer.Argument(metavar="TRAIT", help="a shipped trait, or a .toml file")],
+    settings: Settings = None,
+) -> None:
+    """Says what a trait lacks or gets wrong, with model=... also of that model; a fault exits 1."""
+    with for_people("nothing was changed"):
+        from steer_heal.lint import lint as run_lint
+
+        found = run_lint(trait, settings or [])
+        typer.echo(found)
+    if found.has_fault:
+        raise typer.Exit(1)
+
+
+@app.command()
 def settings() -> None:
     """Lists every setting with its meaning and default."""
     from steer_heal.config import describe_settings

@@ -25,6 +25,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "trait",
                 "model",
                 "scoring",
+                "headroom",
                 "brokenness",
                 "manifest",
                 "trainer",
@@ -45,6 +46,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "bench",
                 "export",
                 "examine",
+                "lint",
             }
         ),
         True,
