@@ -38,6 +38,20 @@ compare +RUNS: setup
 lint *ARGS: setup
     @{{bin}}/steer-heal lint "$@"
 
+# the rounds up to the best one as one PEFT folder: just export rounds/NAME my-adapter
+[no-exit-message]
+export *ARGS: setup
+    @{{bin}}/steer-heal export "$@"
+
+# ask a suite of a model or a run: just eval organism [KEY=VALUE ...]
+[no-exit-message]
+eval *ARGS: setup
+    @{{bin}}/steer-heal eval "$@"
+
+# every setting: its defaults, what it takes, what it means
+settings: setup
+    @{{bin}}/steer-heal settings
+
 # the test suite, as CI runs it
 [no-exit-message]
 test *ARGS: setup

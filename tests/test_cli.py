@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from steer_heal.config import RunConfig
 from tests.processes import Command, command, portable_settings, refusal, rounds_of, tree
 from tests.tiny import tiny_model_folder
 
-COMMANDS = ("round", "report", "compare", "export", "bench", "lint", "settings")
+COMMANDS = ("round", "report", "compare", "export", "eval", "bench", "lint", "settings")
 HEAVY = ("torch", "transformers", "numpy", "peft", "trl", "matplotlib")
 
 
@@ -74,6 +75,12 @@ def test_help_answers_without_heavy_imports(tmp_path: Path) -> None:
     assert "RUN" in pages[2]
     assert "RUN" in pages[3]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_recipe(name: str) -> None:
+    recipes = (Path(__file__).parents[1] / "justfile").read_text(encoding="utf-8")
+    assert re.search(rf"^{name}\b.*: setup\n    @{{{{bin}}}}/steer-heal {name}\b", recipes, re.M)
 
 
 def test_settings_lists_every_key(tmp_path: Path) -> None:
