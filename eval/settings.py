@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
-from typing import Any, Literal, TypeVar, get_origin
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -32,24 +33,35 @@ def resolve_settings(
     arguments: Sequence[str],
     aliases: Mapping[str, str] | None = None,
     preset: Callable[[Given], Given] = lambda given: {},
+    listed_by: str | None = None,
 ) -> Config:
     """The config that arguments make over a preset.
 
     Args:
         aliases: other names of keys.
         preset: from what is given (text, nested by section) to the values it stands on.
+        listed_by: the command that lists every key; None where they are few enough to be named.
     Raises:
         UserError: an unknown key (with the nearest valid ones), one given twice, or a value that
             is not allowed.
     """
-    given: Given = {}
+    aliases = aliases or {}
+    values: dict[str, str] = {}
+    names: dict[str, str] = {}  # key -> what it was called
     for argument in arguments:
-        key, value = _split(config, argument, aliases or {})
-        _assign(config, given, key, value)
+        name, value = _split(config, argument)
+        key = aliases.get(name, name)
+        if key not in valid_keys(config):
+            raise UserError(_unknown(name, [*aliases, *valid_keys(config)], listed_by))
+        if key in values:
+            other = f", once as {names[key]}" if names[key] != name else ""
+            raise UserError(f"{name} is given twice{other}")
+        values[key], names[key] = value, name
+    given = _nested(config, values)
     try:
         return config.model_validate(_merged(preset(given), given))
     except ValidationError as error:
-        raise UserError(_explain(config, error)) from error
+        raise UserError(_explain(config, error, values, names)) from error
 
 
 def valid_keys(config: type[BaseModel], prefix: str = "") -> list[str]:
@@ -63,16 +75,42 @@ def valid_keys(config: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def setting_lines(config: type[BaseModel]) -> list[str]:
-    """Every key with its default and its meaning."""
-    lines = []
-    for key in valid_keys(config):
-        field = _field(config, key)
-        default = field.default
-        if isinstance(default, tuple):
-            default = ",".join(map(str, default))
-        lines.append(f"{key}={'' if default is None else default}\n    {field.description}")
-    return lines
+def value_text(config: BaseModel, key: str) -> str:
+    """A key's value as the command line takes it; nothing where it is not set."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    values = value if isinstance(value, tuple) else () if value is None else (value,)
+    return ",".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
+
+
+def meaning(config: type[BaseModel], key: str) -> str:
+    """What a key means."""
+    return _field(config, key).description
+
+
+def allowed(config: type[BaseModel], key: str) -> str:
+    """What a key takes, as `a whole number, at least 1`."""
+    field = _field(config, key)
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    origin = get_origin(field.annotation)
+    if origin is Literal:
+        return f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+    if origin is tuple:
+        many = "paths" if kinds[0] is Path else "numbers"
+        return f"{many} with commas between" if Ellipsis in kinds else f"two {many}, as A,B"
+    kind = kinds[0] if kinds else field.annotation
+    words = {int: "a whole number", float: "a number", bool: "true or false"}
+    limits = {"ge": "at least", "gt": "above", "lt": "below", "le": "at most"}
+    found = [
+        f"{limit} {getattr(each, name):g}"
+        for each in field.metadata
+        for name, limit in limits.items()
+        if hasattr(each, name)
+    ]
+    if any(getattr(each, "min_length", 0) for each in field.metadata):
+        found.append("not empty")
+    return ", ".join([words.get(kind, "text"), *found])
 
 
 def _field(config: type[BaseModel], key: str) -> Any:
@@ -83,17 +121,21 @@ def _field(config: type[BaseModel], key: str) -> Any:
     return section.model_fields[name]
 
 
-def _split(config: type[BaseModel], argument: str, aliases: Mapping[str, str]) -> tuple[str, str]:
-    valid = valid_keys(config)
+def _split(config: type[BaseModel], argument: str) -> tuple[str, str]:
     key, equals, value = argument.partition("=")
     if not equals:
-        example = f"{valid[0]}={_field(config, valid[0]).default}"
+        first = valid_keys(config)[0]
+        example = f"{first}={_field(config, first).default}"
         raise UserError(f"{argument!r}: settings are given as KEY=VALUE, for example {example}")
-    key = aliases.get(key, key)
-    if key not in valid:
-        near = ", ".join(_nearest(key, [*aliases, *valid]) or valid)
-        raise UserError(f"unknown setting {key!r}; the nearest are: {near}")
     return key, value
+
+
+def _unknown(name: str, valid: list[str], listed_by: str | None) -> str:
+    """What to say of a key that there is not."""
+    if near := _nearest(name, valid):
+        return f"unknown setting {name!r}; the nearest are: {', '.join(near)}"
+    lists = f"`{listed_by}` lists them" if listed_by else f"there are: {', '.join(valid)}"
+    return f"unknown setting {name!r}: no setting is near that; {lists}"
 
 
 def _nearest(key: str, names: list[str]) -> list[str]:
@@ -106,14 +148,17 @@ def _nearest(key: str, names: list[str]) -> list[str]:
     return [name for name in sorted(names, key=likeness, reverse=True)[:3] if likeness(name) > 0.5]
 
 
-def _assign(config: type[BaseModel], target: Given, key: str, value: str) -> None:
-    *sections, name = key.split(".")
-    for section in sections:
-        target = target.setdefault(section, {})
-    if name in target:
-        raise UserError(f"{key} is given twice")
-    many = get_origin(_field(config, key).annotation) is tuple
-    target[name] = value.split(",") if many else value
+def _nested(config: type[BaseModel], values: Mapping[str, str]) -> Given:
+    """Values by section, those of a tuple taken apart."""
+    nested: Given = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        target = nested
+        for section in sections:
+            target = target.setdefault(section, {})
+        many = get_origin(_field(config, key).annotation) is tuple
+        target[name] = value.split(",") if many else value
+    return nested
 
 
 def _merged(preset: Given, given: Given) -> Given:
@@ -124,13 +169,25 @@ def _merged(preset: Given, given: Given) -> Given:
     return merged
 
 
-def _explain(config: type[BaseModel], error: ValidationError) -> str:
-    """One line a field: what was given and what is allowed."""
-    lines = []
+def _explain(
+    config: type[BaseModel],
+    error: ValidationError,
+    values: Mapping[str, str],
+    names: Mapping[str, str],
+) -> str:
+    """One sentence a setting: what was given and what is allowed."""
+    sentences: dict[str, str] = {}
     for problem in error.errors():
-        path = [str(part) for part in problem["loc"] if not isinstance(part, int)]
-        given = f"{'.'.join(path)} is {problem['input']!r}: " if path else ""
-        allowed = _field(config, ".".join(path)).description if path else None
-        meaning = f" ({allowed})" if allowed else ""
-        lines.append(f"{given}{problem['msg'].removeprefix('Value error, ')}{meaning}")
-    return "; ".join(lines)
+        key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+        if key in values:
+            says_enough = problem["type"] in ("value_error", "finite_number")
+            takes = _own(problem) if says_enough else f"expected {allowed(config, key)}"
+            said = f"{names[key]} is {values[key]!r}: {takes} ({meaning(config, key)})"
+        else:  # about several settings together
+            said = _own(problem)
+        sentences.setdefault(key, said)
+    return "; ".join(sentences.values())
+
+
+def _own(problem: Any) -> str:
+    return problem["msg"].removeprefix("Value error, ")

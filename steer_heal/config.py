@@ -5,11 +5,21 @@ A config is validated when it is built, saved with its run, and never changed af
 
 from __future__ import annotations
 
+import re
+import textwrap
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from eval.settings import Device, Settings, resolve_settings, setting_lines
+from eval.settings import (
+    Device,
+    Settings,
+    allowed,
+    meaning,
+    resolve_settings,
+    valid_keys,
+    value_text,
+)
 
 ORGANISM = "organism"  # the embedded model
 SHARED = "shared"  # contexts and prompts without personas, for pos= and neg=
@@ -21,6 +31,15 @@ def _require_band(shares: tuple[float, float]) -> tuple[float, float]:
     if not 0 <= low <= high <= 1:
         raise ValueError("two shares from 0 to 1 are needed, the lower one first")
     return shares
+
+
+def _require_name(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"(?!\.)[\w.@-]+", name):
+        raise ValueError(
+            "a name is made of letters, digits, _ - @ and dots, without a dot in front; folder= "
+            "says where runs land"
+        )
+    return name
 
 
 Band = Annotated[tuple[float, float], AfterValidator(_require_band)]
@@ -141,13 +160,14 @@ class RunConfig(Settings):
     trait: str = "care-over-authority-organism"
     """A trait file: a name in steer_heal/traits or a path to a .toml."""
     pos: str | None = Field(None, min_length=1)
-    """The trait as a persona (system prompt), in place of the trait file's."""
+    """The trait as a persona (system prompt), in place of the trait file's, which then is `shared`
+    on other models: prompts that fit any trait."""
     neg: str | None = Field(None, min_length=1)
     """The opposite persona."""
     seed: int = Field(0, ge=0)
     """Every random draw derives from it."""
-    run: str | None = Field(None, pattern=r"^[^.]")
-    """Name of the run, not empty and without a leading dot; by default trait, model and seed."""
+    run: Annotated[str | None, AfterValidator(_require_name)] = None
+    """Name of the run; by default trait, model and seed."""
     folder: str = "rounds"
     """Where runs land."""
     device: Device = "auto"
@@ -201,15 +221,28 @@ def resolve_config(overrides: list[str]) -> RunConfig:
     Raises:
         UserError: an unknown key (with the nearest valid ones) or a value that is not allowed.
     """
-    return resolve_settings(RunConfig, overrides, ALIASES, _preset)
+    return resolve_settings(RunConfig, overrides, ALIASES, _preset, "steer-heal settings")
 
 
 def describe_settings() -> str:
-    """Every key with its default and its meaning, a line each."""
-    lines = setting_lines(RunConfig)
-    lines.append(f"for model={ORGANISM} the preset sets {preset_organism()}")
-    lines.append(f"for any other model the preset sets {preset_hub()}")
-    lines.append(f"with pos= and neg= and any other model the preset sets trait={SHARED}")
+    """Every key with its defaults, its meaning and what it takes."""
+    presets = (preset_organism(), preset_hub())
+    embedded, other = (RunConfig.model_validate(preset) for preset in presets)
+    short = {key: alias for alias, key in ALIASES.items()}
+    lines = [
+        "Every setting with its default on the embedded model, what it takes, and its meaning."
+    ]
+    section = None
+    for key in valid_keys(RunConfig):
+        if key.rpartition(".")[0] != section:
+            section = key.rpartition(".")[0]
+            lines.append("")
+        ours, theirs = value_text(embedded, key), value_text(other, key)
+        differs = f"  (other models: {theirs})" if theirs != ours else ""
+        also = f"  (or {short[key]}={ours})" if key in short else ""
+        text = f"[{allowed(RunConfig, key)}] {meaning(RunConfig, key)}"
+        lines.append(f"{key}={ours}{differs}{also}")
+        lines += textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 

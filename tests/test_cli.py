@@ -104,11 +104,12 @@ def test_unknown_command_is_refused(tmp_path: Path) -> None:
     [
         (["heal.barier_weight=1"], ["unknown setting", "heal.barrier_weight"]),
         (["barrier_weight=0.3"], ["unknown setting", "heal.barrier_weight"]),
-        (["heal.rank=0"], ["heal.rank is '0'", "greater than or equal to 1"]),
-        (["rounds=three"], ["rounds is 'three'", "integer"]),
+        (["heal.rank=0"], ["heal.rank is '0'", "at least 1"]),
+        (["rounds=three"], ["rounds is 'three'", "whole number"]),
         (["three"], ["'three'", "KEY=VALUE"]),
         (["seed=1", "seed=1"], ["seed is given twice"]),
         (["pos=kind"], ["give both personas"]),
+        (["run=a/b"], ["run is 'a/b'", "a name is made of letters"]),
     ],
 )
 def test_bad_setting_is_refused(given: list[str], parts: list[str], tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from eval.errors import UserError
-from eval.settings import valid_keys
+from eval.settings import valid_keys, value_text
 from steer_heal.config import (
     RunConfig,
     describe_settings,
@@ -30,13 +31,36 @@ def test_every_field_is_described_by_the_line_under_it() -> None:
                 assert field.description, f"{section.__name__}.{name}"
 
 
-def test_described_settings_name_every_key_with_its_default() -> None:
-    text = describe_settings()
-    for key in valid_keys(RunConfig):
-        assert f"{key}=" in text
-    assert "generate.doses=0.25,0.35,0.5" in text
-    assert "heal.rank=16" in text
-    assert "Rank of the LoRA." in text
+def _listed() -> dict[str, tuple[str, str]]:
+    """Key -> the rest of its line, and the text under it on one line."""
+    blocks = re.findall(r"^([\w.]+)=(.*)\n((?:    .*\n?)+)", describe_settings(), re.MULTILINE)
+    return {key: (rest, " ".join(text.split())) for key, rest, text in blocks}
+
+
+def test_every_setting_is_listed_with_its_defaults_and_what_it_takes() -> None:
+    listed = _listed()
+    assert set(listed) == set(valid_keys(RunConfig))
+    embedded, other = resolve_config([]), resolve_config(["model=some/model"])
+    for key, (rest, _) in listed.items():
+        ours, theirs = value_text(embedded, key), value_text(other, key)
+        assert rest.startswith(ours)
+        if key != "model":
+            assert (f"(other models: {theirs})" in rest) is (ours != theirs)
+    assert listed["heal.rank"] == (
+        "2  (other models: 16)",
+        "[a whole number, at least 1] Rank of the LoRA.",
+    )
+    assert listed["rounds"][0] == "3  (or N=3)"
+    for key, takes in (
+        ("heal.barrier_aggregate", "[rmse, mean, p95 or max]"),
+        ("device", "[auto, cpu, cuda or mps]"),
+        ("filter.quantile", "[a number, above 0.5, at most 1]"),
+        ("heal.layers", "[two numbers, as A,B]"),
+        ("generate.doses", "[numbers with commas between]"),
+        ("pos", "[text, not empty]"),
+    ):
+        assert listed[key][1].startswith(takes)
+    assert max(map(len, describe_settings().splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -108,25 +132,37 @@ def test_unknown_setting_names_the_nearest(setting: str, suggested: str) -> None
     assert suggested in message
 
 
+def test_unknown_setting_that_is_near_none_says_where_they_are_listed() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_config(["zzzz=1"])
+    assert str(caught.value) == (
+        "unknown setting 'zzzz': no setting is near that; `steer-heal settings` lists them"
+    )
+
+
 @pytest.mark.parametrize(
     ("setting", "parts"),
     [
-        ("heal.rank=0", ["heal.rank is '0'", "greater than or equal to 1", "Rank of the LoRA"]),
-        ("rounds=three", ["rounds is 'three'", "integer"]),
-        ("N=0", ["rounds is '0'", "greater than or equal to 1"]),
-        ("N=2.5", ["rounds is '2.5'", "integer"]),
-        ("heal.barrier_aggregate=median", ["'median'", "'rmse', 'mean', 'p95' or 'max'"]),
-        ("device=tpu", ["device is 'tpu'", "'auto', 'cpu', 'cuda' or 'mps'"]),
-        ("generate.doses=0.1,x", ["generate.doses is 'x'", "number"]),
-        ("generate.doses=", ["generate.doses is ''", "number"]),
+        ("heal.rank=0", ["heal.rank is '0': expected a whole number, at least 1 (Rank of the"]),
+        ("rounds=three", ["rounds is 'three': expected a whole number, at least 1"]),
+        ("N=0", ["N is '0': expected a whole number, at least 1"]),
+        ("N=2.5", ["N is '2.5': expected a whole number"]),
+        ("heal.barrier_aggregate=median", ["'median': expected rmse, mean, p95 or max"]),
+        ("device=tpu", ["device is 'tpu': expected auto, cpu, cuda or mps"]),
+        ("generate.doses=0.1,x", ["generate.doses is '0.1,x': expected numbers with commas"]),
+        ("generate.doses=", ["generate.doses is '': expected numbers with commas"]),
         ("generate.temperature=nan", ["generate.temperature is 'nan'", "finite"]),
         ("heal.learning_rate=inf", ["heal.learning_rate is 'inf'", "finite"]),
-        ("vector.band=0.6,0.4", ["vector.band is ", "0.6", "the lower one first"]),
-        ("heal.layers=2,5", ["heal.layers is ", "shares from 0 to 1"]),
-        ("heal.layers=0.5", ["heal.layers is ", "Layers that carry the adapter"]),
-        ("seed=-1", ["seed is '-1'", "greater than or equal to 0"]),
-        ("run=", ["run is ''", "not empty"]),
-        ("run=..", ["run is '..'", "leading dot"]),
+        ("vector.band=0.6,0.4", ["vector.band is '0.6,0.4'", "the lower one first"]),
+        ("heal.layers=2,5", ["heal.layers is '2,5'", "shares from 0 to 1"]),
+        ("heal.layers=0.5", ["heal.layers is '0.5': expected two numbers, as A,B (Layers that"]),
+        ("heal.layers=0,0.5,1", ["heal.layers is '0,0.5,1': expected two numbers"]),
+        ("seed=-1", ["seed is '-1': expected a whole number, at least 0"]),
+        ("run=", ["run is ''", "a name is made of letters"]),
+        ("run=..", ["run is '..'", "a name is made of letters"]),
+        ("run=a/b", ["run is 'a/b'", "a name is made of letters", "folder="]),
+        ("run=../x", ["run is '../x'", "a name is made of letters", "folder="]),
+        ("run=a b", ["run is 'a b'", "a name is made of letters"]),
         ("pos=kind", ["pos and neg: give both personas or none"]),
         ("neg=cold", ["pos and neg: give both personas or none"]),
         ("rounds", ["'rounds'", "KEY=VALUE", "rounds=3"]),
@@ -139,6 +175,7 @@ def test_bad_value_names_field_value_and_what_is_allowed(setting: str, parts: li
     assert "\n" not in message
     assert not message.startswith(":")
     assert "Value error" not in message
+    assert message.count(" is '") <= 1  # a setting is named once
     for part in parts:
         assert part in message
 
@@ -153,10 +190,20 @@ def test_empty_personas_are_refused() -> None:
         resolve_config(["pos=", "neg="])
 
 
-@pytest.mark.parametrize("settings", [["seed=1", "seed=2"], ["N=1", "rounds=2"]])
-def test_same_key_twice_is_refused(settings: list[str]) -> None:
-    with pytest.raises(UserError, match="is given twice"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["seed=1", "seed=2"], "seed is given twice"),
+        (["N=1", "N=0"], "N is given twice"),
+        (["N=1", "rounds=2"], "rounds is given twice, once as N"),
+    ],
+)
+def test_same_key_twice_is_refused_by_the_name_it_was_given(
+    settings: list[str], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
         resolve_config(settings)
+    assert str(caught.value) == message
 
 
 def test_every_problem_is_named_at_once() -> None:
