@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eval.files import digest_of
 from eval.kinds import kind_of
-from eval.loading import find_model, load_model, weights_hash
+from eval.loading import find_model, load_model, local_model, weights_hash
 from eval.probe import ProbeConfig, probe
 from eval.settings import resolve_settings
 
@@ -22,7 +22,8 @@ def evaluate_model(model_id: str, settings: Sequence[str], folder: Path | None =
         UserError: a setting, a suite or a model that cannot be used.
     """
     config = resolve_settings(ProbeConfig, settings)
-    suite = config.load()  # a bad suite is told before a large model is loaded
+    local_model(folder or model_id)  # a missing folder is told before the hub is asked for items,
+    suite = config.load()  # and a bad suite before a large model is fetched and loaded
     found = find_model(folder or model_id)
     model, tokenizer = load_model(found, model_id, config.device)
     name = evaluation_name(model_id, config)

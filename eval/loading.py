@@ -18,17 +18,31 @@ from eval.errors import UserError
 
 def find_model(model_id: str | Path) -> Path:
     """The local folder with a model's weights, fetched from the hub where it is a hub id."""
+    folder = local_model(model_id)
+    if folder is None:
+        folder = _from_hub(str(model_id))
+        _require_weights(folder, model_id)
+    return folder
+
+
+def local_model(model_id: str | Path) -> Path | None:
+    """The folder with a model's weights; None where the hub is to be asked. Takes no time.
+
+    Raises:
+        UserError: a folder without a model in it, or neither a folder nor what a hub id can be.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     path = Path(model_id).expanduser()
-    if not path.is_dir():
-        path = _from_hub(str(model_id))
-    if not (path / "config.json").is_file():
-        raise UserError(f"model {model_id}: there is no config.json in {path}")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(
-            f"model {model_id}: there are no safetensors weights in {path}; pickled weights "
-            "(.bin, .pt) are not loaded"
-        )
-    return path
+    if path.is_dir():
+        _require_weights(path, model_id)
+        return path
+    try:
+        validate_repo_id(str(model_id).partition("@")[0])
+    except HFValidationError as error:
+        raise UserError(f"model {str(model_id)!r}: neither a folder nor a hub id") from error
+    return None
 
 
 def load_model(folder: Path, model_id: str, device: str = "auto") -> tuple[Any, Any]:
@@ -63,6 +77,16 @@ def weights_hash(folder: Path) -> str:
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _require_weights(folder: Path, model_id: str | Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model {model_id}: there is no config.json in {folder}")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model {model_id}: there are no safetensors weights in {folder}; pickled weights "
+            "(.bin, .pt) are not loaded"
+        )
 
 
 def _load_tokenizer(folder: Path, model_id: str) -> Any:
@@ -105,14 +129,11 @@ def _load_weights(folder: Path, model_id: str, device: torch.device) -> Any:
 
 def _from_hub(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     name, _, revision = model_id.partition("@")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
     try:
         folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
-    except HFValidationError as error:
-        raise UserError(f"model {model_id!r}: neither a folder nor a hub id") from error
     except (OSError, ValueError) as error:  # every error of the hub client is one of these
         raise UserError(
             f"model {model_id}: not a folder here, and the hub does not give it "

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import eval.probe
 from eval.command import evaluate_model, evaluation_name
 from eval.errors import UserError
 from eval.forced_choice import ForcedChoiceRow, forced_choice
@@ -172,6 +173,17 @@ def test_the_command_prints_every_foundation_and_where_the_rows_are(
 def test_bad_settings_are_told_before_a_model_is_loaded(settings: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         evaluate_model("no/such-model", settings)
+
+
+def test_a_folder_that_is_not_there_is_told_before_the_hub_is_asked_for_the_items(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(eval.probe, "load_probe_suite")
+    with pytest.raises(UserError, match=r"'\./missing': neither a folder nor a hub id"):
+        evaluate_model("./missing", ["suite=tinymfv"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        evaluate_model(str(tmp_path / "empty"), ["suite=tinymfv"])
 
 
 def test_names_tell_evaluations_apart() -> None:
