@@ -86,23 +86,38 @@ def file_hash(path: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path, name: str) -> Iterator[None]:
+def locked(folder: Path, name: str, instead: str) -> Iterator[None]:
     """Makes a folder this process's own; a dead process keeps no lock.
 
+    Args:
+        name: what the message calls the folder.
+        instead: the setting that gives another folder.
     Raises:
-        UserError: another process has it; `name` is what the message calls it.
+        UserError: another process has it.
     """
+    file = folder / LOCK_FILE
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK_FILE, timeout=0)
+        lock = FileLock(file, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
-            raise UserError(f"{name} is being worked on by another process") from error
+            raise UserError(
+                f"{name} is being worked on by another process{_holder(file)}: wait for its end, "
+                f"stop it, or give this one a place of its own with {instead}"
+            ) from error
+        if isinstance(lock, FileLock):  # where there is no flock the file says whose it is already
+            file.write_text(f"{os.getpid()}\n")
     try:
         yield
     finally:
         lock.release()
+
+
+def _holder(file: Path) -> str:
+    """Whose a lock is, as ` (PID 123)`; nothing where its file does not say."""
+    first = file.read_text().partition("\n")[0]
+    return f" (PID {first})" if first.isdecimal() else ""
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def probe(
     """
     kind = kind_of(suite)
     folder = Path(config.folder) / name
-    with locked(folder, f"evaluation {folder}"):
+    with locked(folder, f"evaluation {folder}", "folder=NAME"):
         _agree(folder, _about(config, suite, subject))
         lines = _read(folder, suite, config.batch_size)
         with tqdm(total=len(suite.items), initial=len(lines), desc=name, unit="item") as bar:

@@ -21,8 +21,8 @@ from steer_heal.filter import screen
 from steer_heal.generate import generate_steered
 from steer_heal.heal import heal
 from steer_heal.manifest import describe
-from steer_heal.model import Student, load_student
-from steer_heal.rounds import Run, open_run
+from steer_heal.model import Student, check_model, load_student
+from steer_heal.rounds import Run, check_run, open_run
 from steer_heal.trait import Trait, load_trait
 from steer_heal.vector import extract_vector
 
@@ -30,8 +30,12 @@ from steer_heal.vector import extract_vector
 def run_rounds(config: RunConfig, path: Path) -> None:
     """Runs what remains of a run's rounds in its folder."""
     trait = load_trait(config.trait, config.pos, config.neg)
+    check_model(config.model)
+    description = describe(config, trait)
+    check_run(path, description)  # all that is cheap to refuse comes before a model is loaded
     base = load_student(config.model, [], config.device)
-    with open_run(path, config.seed, describe(config, base, trait)) as run:
+    description["model"] = base.loaded.weights_hash
+    with open_run(path, config.seed, description) as run:
         _loop(run, base, trait, config)
 
 

@@ -13,14 +13,13 @@ from eval.files import digest_of
 from eval.suite import ForcedChoiceSuite, NeutralSuite, TaskSuite, load_suite
 from steer_heal import __version__
 from steer_heal.config import RunConfig
-from steer_heal.model import Student
 from steer_heal.trait import Trait
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
 
 
-def describe(config: RunConfig, student: Student, trait: Trait) -> dict[str, Any]:
-    """What run.json says; the suites are read here, so that a bad one stops a run at once."""
+def describe(config: RunConfig, trait: Trait) -> dict[str, Any]:
+    """What run.json says, but for the hash of the model's weights; a bad suite is refused here."""
     choices = load_suite(config.evaluate.suite, ForcedChoiceSuite)
     tasks = load_suite(config.evaluate.tasks, TaskSuite)
     neutral = load_suite(config.evaluate.neutral, NeutralSuite)
@@ -32,7 +31,6 @@ def describe(config: RunConfig, student: Student, trait: Trait) -> dict[str, Any
         )
     return {
         "config": config.model_dump(mode="json"),
-        "model": student.loaded.weights_hash,
         "trait": trait.model_dump(mode="json"),
         "suites": digest_of(suite.model_dump_json() for suite in (choices, tasks, neutral)),
         "code": code_hash(),
@@ -45,8 +43,8 @@ def describe(config: RunConfig, student: Student, trait: Trait) -> dict[str, Any
 def run_path(config: RunConfig) -> Path:
     """Where a run lands: its name, or trait, model and seed."""
     trait = Path(config.trait).stem if config.pos is None else "own"
-    name = config.run or f"{trait}--{config.model}--seed{config.seed}"
-    return Path(config.folder) / re.sub(r"[^\w.@-]+", "_", name)
+    default = re.sub(r"[^\w.@-]+", "_", f"{trait}--{config.model}--seed{config.seed}")
+    return Path(config.folder) / (config.run or default)
 
 
 def code_hash() -> str:

@@ -18,7 +18,7 @@ from torch import nn
 
 from eval.errors import UserError
 from eval.files import digest_of
-from eval.loading import find_model, load_model, weights_hash
+from eval.loading import find_model, load_model, local_model, weights_hash
 from steer_heal.artifacts import RoundAdapter
 from steer_heal.config import ORGANISM
 from steer_heal.stack import attach_saved, detach, only
@@ -127,9 +127,18 @@ def load_student(model_id: str, stack: Sequence[RoundAdapter], device: str = "au
     return student
 
 
+def check_model(model_id: str) -> None:
+    """Refuses at once a model that needs no look at the hub to be known as missing."""
+    local_model(_place(model_id))
+
+
 def resolve_model(model_id: str) -> Path:
     """The local folder with a model's weights; the embedded model is known by its name."""
-    return find_model(ORGANISM_FOLDER if model_id == ORGANISM else model_id)
+    return find_model(_place(model_id))
+
+
+def _place(model_id: str) -> str | Path:
+    return ORGANISM_FOLDER if model_id == ORGANISM else model_id
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -216,6 +216,17 @@ class Run(Stages):
         return [done.read(RoundAdapter) for done in rounds]
 
 
+def check_run(path: Path, description: dict[str, Any]) -> None:
+    """Refuses to go on with a run for what `open_run` would, and changes nothing.
+
+    Args:
+        description: as far as it is known: without the hash of the model's weights.
+    """
+    if (path / RUN_FILE).is_file():
+        with _held(path):
+            _require_same(path, read_run(path), description)
+
+
 @contextmanager
 def open_run(path: Path, seed: int, description: dict[str, Any]) -> Iterator[Run]:
     """Opens a run for work: creates it, or goes on with it; no other process can meanwhile.
@@ -227,7 +238,7 @@ def open_run(path: Path, seed: int, description: dict[str, Any]) -> Iterator[Run
             written.
     """
     run = Run(path, seed)
-    with locked(path, f"run {path}"):
+    with _held(path):
         with disk_errors(path):
             _sweep(path)
             _agree(path, description, len(run.done_rounds()))
@@ -276,26 +287,17 @@ def _of_another_version(file: Path, error: Exception) -> str:
     return f"{file} was written by an older version of steer-heal, without {field}; {_WHAT_THEN}"
 
 
+def _held(path: Path) -> AbstractContextManager[None]:
+    return locked(path, f"run {path}", "run=NAME")
+
+
 def _agree(path: Path, description: dict[str, Any], num_done: int) -> None:
     """Records a new run's description; refuses another config than an old run's."""
     if not (path / RUN_FILE).exists():
         write_json(path / RUN_FILE, description)
         return
     before, now = read_run(path), description
-    if unknown := list(_absent(before["config"], now["config"])):
-        raise UserError(
-            f"{path / RUN_FILE} was written by an older version of steer-heal, without "
-            f"{', '.join(unknown)}; {_WHAT_THEN}"
-        )
-    changed = [
-        f"{key}: {_short(old)} -> {_short(new)}"
-        for key, old, new in _differences(_binding(before), _binding(now))
-    ]
-    if changed:
-        raise UserError(
-            f"run {path} was begun with another config ({'; '.join(changed)}); "
-            "give this one a name of its own with run=NAME"
-        )
+    _require_same(path, before, now)
     if before.get("code") != now["code"]:
         logger.warning("run {} was begun with another version of the code", path)
     rounds = max(now["config"]["rounds"], num_done)
@@ -304,12 +306,42 @@ def _agree(path: Path, description: dict[str, Any], num_done: int) -> None:
         write_json(path / RUN_FILE, after)
 
 
-def _binding(description: dict[str, Any]) -> dict[str, Any]:
-    """What may not change in a run that was begun."""
+def _require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses what an older version wrote, and another config than a run was begun with."""
+    if unknown := list(_absent(before["config"], now["config"])):
+        raise UserError(
+            f"{path / RUN_FILE} was written by an older version of steer-heal, without "
+            f"{', '.join(unknown)}; {_WHAT_THEN}"
+        )
+    if changed := _changed_settings(before, now) or _changed_contents(before, now):
+        raise UserError(
+            f"run {path} was begun with another config ({'; '.join(changed)}); "
+            "give this one a name of its own with run=NAME"
+        )
+
+
+def _changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings that may not change in a run that was begun, as `heal.rank: 2 -> 3`."""
     free = ("rounds", "folder", "device")
-    config = {key: value for key, value in description["config"].items() if key not in free}
-    parts = {"weights": "model", "trait": "trait", "suites": "suites"}
-    return config | {f"{key} (content)": description.get(name) for key, name in parts.items()}
+    return [
+        f"{key}: {_short(old)} -> {_short(new)}"
+        for key, old, new in _differences(before["config"], now["config"])
+        if key not in free
+    ]
+
+
+def _changed_contents(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is another under the name that it had."""
+    names = {"model": "the model's weights", "suites": "the items of the suites"}
+    changed = [
+        f"{name} have changed"
+        for key, name in names.items()
+        if key in now and before.get(key) != now[key]
+    ]
+    old, new = before.get("trait") or {}, now["trait"]
+    if fields := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+        changed.append(f"the trait file has changed in {', '.join(fields)}")
+    return changed
 
 
 def _short(value: Any) -> str:

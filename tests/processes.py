@@ -73,6 +73,10 @@ class Command:
         """What it has said on stderr so far."""
         return self._text.decode(errors="replace")
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait_for(self, text: str) -> None:
         """Returns as soon as it has said this; fails when it ends without."""
         end = time.monotonic() + _PATIENCE_S

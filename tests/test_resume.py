@@ -386,7 +386,7 @@ def _other_suite(folder: Path) -> None:
     ("change", "named"),
     [
         (_other_weights, "weights"),
-        (_other_trait, "'You care for people before rules.' -> 'You look after people"),
+        (_other_trait, "the trait file has changed in positive"),
         (_other_suite, "suites"),
     ],
 )
@@ -415,7 +415,8 @@ def test_run_that_a_process_holds_is_refused_until_it_is_dead(
 
     message = refusal(command(folder, "round", "N=2", *reference.settings))
 
-    assert f"run {RUN} is being worked on by another process" in message
+    assert f"run {RUN} is being worked on by another process (PID {holder.pid}): wait" in message
+    assert "run=NAME" in message
     assert tree(folder / RUN) == before
     assert holder.kill().code == -signal.SIGKILL
     assert (folder / RUN / ".lock").exists()  # the file stays, its hold does not

@@ -15,7 +15,7 @@ from loguru import logger
 from eval.errors import UserError
 from eval.files import write_json, write_text
 from steer_heal.artifacts import Limits, TextLimit, TextLimits
-from steer_heal.rounds import Run, Stages, open_run, read_run
+from steer_heal.rounds import Run, Stages, check_run, open_run, read_run
 
 MADE = {
     "num_completions": 16,
@@ -231,16 +231,50 @@ def test_run_file_that_says_the_same_is_not_written(tmp_path: Path) -> None:
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-@pytest.mark.parametrize("key", ["model", "trait", "suites"])
-def test_other_content_is_refused(key: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model", "other", "(the model's weights have changed)"),
+        ("suites", "other", "(the items of the suites have changed)"),
+        ("trait", {"name": "t", "acts": ["x"] * 99}, "(the trait file has changed in acts)"),
+    ],
+)
+def test_other_content_is_refused_in_few_words(
+    key: str, value: Any, said: str, tmp_path: Path
+) -> None:
     with open_run(tmp_path, 0, _description()):
         pass
-    other = _description() | {key: {"name": "u"} if key == "trait" else "other"}
-    with (
-        pytest.raises(UserError, match="was begun with another config"),
-        open_run(tmp_path, 0, other),
-    ):
+    with pytest.raises(UserError) as caught, open_run(tmp_path, 0, _description() | {key: value}):
         pass
+    assert f"was begun with another config {said}; give" in str(caught.value)
+
+
+def test_another_trait_is_refused_by_its_name_alone(tmp_path: Path) -> None:
+    with open_run(tmp_path, 0, _description(trait="kind")):
+        pass
+    other = _description(trait="stern") | {"trait": {"name": "u"}}
+    with pytest.raises(UserError) as caught, open_run(tmp_path, 0, other):
+        pass
+    assert "another config (trait: 'kind' -> 'stern'); give" in str(caught.value)
+
+
+def test_a_run_is_checked_before_the_weights_are_known_and_without_a_change(
+    tmp_path: Path,
+) -> None:
+    def known(**config: Any) -> dict[str, Any]:
+        return {key: value for key, value in _description(**config).items() if key != "model"}
+
+    check_run(tmp_path / "new", known())
+    assert not (tmp_path / "new").exists()
+    with open_run(tmp_path, 0, _description()):
+        held = rf"being worked on by another process \(PID {os.getpid()}\): wait.*run=NAME"
+        with pytest.raises(UserError, match=held):
+            check_run(tmp_path, known())
+    before = (tmp_path / "run.json").read_bytes()
+    check_run(tmp_path, known(rounds=9))
+    with pytest.raises(UserError, match=r"heal\.rank: 2 -> 3\)"):
+        check_run(tmp_path, known(heal={"rank": 3, "alpha": 4}))
+    assert (tmp_path / "run.json").read_bytes() == before
 
 
 def test_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
