@@ -33,7 +33,7 @@ Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders in r
 @app.command()
 def round(settings: Settings = None) -> None:
     """Runs steer-heal rounds and draws the report; the same command again goes on."""
-    with for_people("the same command goes on from there"):
+    with _working("the same command goes on from there"):
         from steer_heal.config import resolve_config
 
         config = resolve_config(settings or [])
@@ -42,15 +42,14 @@ def round(settings: Settings = None) -> None:
         from steer_heal.report import write_report
 
         path = run_path(config)
-        with _logging_to(path):
-            run_rounds(config, path)
-            write_report(path)
+        run_rounds(config, path)
+        write_report(path)
 
 
 @app.command()
 def report(runs: Runs) -> None:
     """Draws the report of a run again, from its files alone."""
-    with for_people("nothing was changed"):
+    with _working("nothing was changed"):
         from steer_heal.report import write_report
 
         for path in runs:
@@ -60,7 +59,7 @@ def report(runs: Runs) -> None:
 @app.command()
 def compare(runs: Runs) -> None:
     """Prints the paired differences between runs, with their intervals."""
-    with for_people("nothing was changed"):
+    with _working("nothing was changed"):
         from steer_heal.compare import compare_runs
 
         typer.echo(compare_runs([_run_folder(path) for path in runs]))
@@ -75,7 +74,7 @@ def export(
     ] = None,
 ) -> None:
     """Folds a run's rounds, up to the best one, into one standard PEFT adapter folder."""
-    with for_people("nothing was written"):
+    with _working("nothing was written"):
         from steer_heal.export import export_adapter
 
         count = export_adapter(_run_folder(run), out, rounds)
@@ -90,7 +89,7 @@ def evaluate(
     settings: Settings = None,
 ) -> None:
     """Asks a suite of a model or a run: suite=NAME think=64 items=A.jsonl,B.jsonl."""
-    with for_people("the same command goes on from there"):
+    with _working("the same command goes on from there"):
         from steer_heal.examine import examine
 
         typer.echo(examine(subject, settings or []))
@@ -99,7 +98,7 @@ def evaluate(
 @app.command()
 def bench(settings: Settings = None, seeds: int = 3) -> None:
     """Three rounds on each of several seeds, from nothing; prints the table of what was reached."""
-    with for_people("the seeds that were done stay in rounds/bench"):
+    with _working("the seeds that were done stay in rounds/bench"):
         from steer_heal.bench import bench as run_bench
 
         typer.echo(run_bench(Path("rounds/bench"), range(seeds), settings or []))
@@ -134,18 +133,16 @@ def main() -> None:
 
 
 @contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Log lines to the terminal, above the progress bars, and to log.txt in the run."""
+def _working(if_stopped: str) -> Iterator[None]:
+    """What every command does for people, and its log lines, above the progress bars."""
     from loguru import logger
     from tqdm import tqdm
 
     logger.remove()
     line = "{time:HH:mm:ss} {level: <7} {message}"
     logger.add(lambda text: tqdm.write(text, file=sys.stderr, end=""), format=line, colorize=False)
-    try:
+    with for_people(if_stopped):
         yield
-    finally:
-        logger.remove()
 
 
 def _run_folder(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,18 @@ def test_killed_and_started_again_it_ends_with_the_same_rows(
     whole = tmp_path / "whole" / "evaluations" / folder.name
     for file in ("rows.jsonl", "summary.json", "about.json"):
         assert (folder / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["eval", "report"])
+def test_log_lines_are_those_of_a_round(name: str, run: Path, tmp_path: Path) -> None:
+    choices, _ = small_suites(tmp_path)
+    settings = [f"suite={choices}"] if name == "eval" else []
+    done = command(tmp_path, name, str(run), *settings)
+    assert done.code == 0
+    lines = [line for line in done.err.splitlines() if "INFO" in line]
+    assert lines
+    for line in lines:
+        assert re.match(r"\d\d:\d\d:\d\d INFO    \w", line)
 
 
 @pytest.mark.parametrize(
