@@ -86,7 +86,7 @@ def format_summary(summary: Summary) -> str:
     for name, p in summary.profile.items():
         found = f"{summary.found[name]:>8.2f}" if name in summary.found else f"{'':8}"
         apart = f"{interval_text(gap[name]):>28}" if gap else ""
-        lines.append(f"{name:14}{p:>7.3f}{summary.nats[name]:>8.2f}{found}{apart}")
+        lines.append(f"{name:14}{p:>7.3f}{fixed(summary.nats[name], 2):>8}{found}{apart}")
     lines.append(f"pmass {summary.pmass:.4f}")
     lines.append(f"prefill {summary.prefill_nll_nats:.4f} nats a token")
     if summary.informedness is not None:
@@ -140,7 +140,16 @@ def differences_text(intervals: Mapping[str, Interval]) -> str:
 
 def interval_text(interval: Interval) -> str:
     """An estimate with its bounds: `+0.123 [+0.045, +0.201]`."""
-    return f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    estimate, low, high = (
+        fixed(value, 3, sign=True) for value in (interval.estimate, interval.low, interval.high)
+    )
+    return f"{estimate} [{low}, {high}]"
+
+
+def fixed(value: float, digits: int, sign: bool = False) -> str:
+    """A number with so many digits after its point, with a sign or not; 0 is never negative."""
+    rounded = round(value, digits) + 0.0  # + 0.0: no minus before a zero
+    return f"{rounded:+.{digits}f}" if sign else f"{rounded:.{digits}f}"
 
 
 def count_text(num_items: int, unscorable: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from eval.errors import UserError
 from eval.figures import seed_interval
 from eval.statistics import Interval, mean_interval
-from eval.summary import interval_text
+from eval.summary import fixed, interval_text
 from steer_heal.artifacts import ReplyRow
 from steer_heal.config import resolve_config
 from steer_heal.manifest import run_path
@@ -146,5 +146,5 @@ def _cell(value: Interval | tuple[float, ...] | float) -> str:
     if isinstance(value, Interval):
         return interval_text(value)
     if isinstance(value, tuple):
-        return ", ".join(f"{each:.3f}" for each in value)
-    return f"{value:.3f}"
+        return ", ".join(fixed(each, 3) for each in value)
+    return fixed(value, 3)

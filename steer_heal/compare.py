@@ -29,6 +29,7 @@ from eval.statistics import (
     profile_nats,
     shift_nats,
 )
+from eval.summary import differences_text, fixed
 from steer_heal.artifacts import ConditionEval, ReplyRow
 from steer_heal.saved import SavedRun, prompt_means, read_saved_run
 
@@ -37,10 +38,13 @@ def compare_runs(paths: Sequence[Path]) -> str:
     """A table of the last round of every run, and the differences of each from the first.
 
     Raises:
-        UserError: fewer than two runs, no run, no finished round, different items.
+        UserError: fewer than two runs, one given twice, no run, no finished round, different items.
     """
     if len(paths) < 2:
         raise UserError(f"comparing takes two runs or more, {len(paths)} given")
+    for index, path in enumerate(paths):
+        if path.resolve() in [earlier.resolve() for earlier in paths[:index]]:
+            raise UserError(f"{path} is given twice: a run does not differ from itself")
     runs = [read_saved_run(path) for path in paths]
     for other in runs[1:]:
         _require_comparable(runs[0], other)
@@ -85,7 +89,7 @@ def _table(runs: Sequence[SavedRun]) -> str:
     columns = [_figures(run, _intended(runs)) for run in runs]
     lines = [["after its last round, healed", *(run.path.resolve().name for run in runs)]]
     lines.append(["rounds", *(str(len(run.rounds)) for run in runs)])
-    lines += [[label, *(f"{column[label]:.3f}" for column in columns)] for label in columns[0]]
+    lines += [[label, *(fixed(column[label], 3) for column in columns)] for label in columns[0]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
@@ -131,14 +135,9 @@ def _mean(rows: Sequence[Any], value: Callable[[Any], float]) -> float:
 
 def _differences(first: SavedRun, other: SavedRun) -> str:
     """The paired differences of one run from the first, a line a figure."""
-    intervals = _intervals(first, other)
     names = [run.path.resolve().name for run in (other, first)]
-    width = max(map(len, intervals))
     lines = [f"{names[0]} minus {names[1]}, with 95 % bootstrap intervals over items"]
-    for label, interval in intervals.items():
-        verdict = "" if interval.excludes_zero else "  no difference shown"
-        bounds = f"[{_signed(interval.low)}, {_signed(interval.high)}]"
-        lines.append(f"{label.ljust(width)}  {_signed(interval.estimate)} {bounds}{verdict}")
+    lines.append(differences_text(_intervals(first, other)))
     if first.trait.intended != other.trait.intended:
         lines.append("no selectivity, no flip rate: the traits mean to move different foundations")
     return "\n".join(lines)
@@ -176,7 +175,3 @@ def _reply_difference(
 ) -> Interval:
     """Over prompts; every prompt has the same samples in both, so means pair as samples do."""
     return _difference(prompt_means(left.replies, value), prompt_means(right.replies, value))
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: no minus before a zero

@@ -15,6 +15,7 @@ from loguru import logger
 
 from eval.files import write_bytes, write_text
 from eval.statistics import Interval
+from eval.summary import fixed
 from steer_heal.artifacts import ReplyRow
 from steer_heal.config import resolve_config
 from steer_heal.figures import LAYOUTS, THEMES, Drift, FoundationDrift, draw_drift
@@ -93,6 +94,8 @@ def render_page(report: Summary, plots: Mapping[str, bytes]) -> str:
     )
     environment.filters |= {
         "percent": percent,
+        "percent_bounds": percent_bounds,
+        "fixed": fixed,
         "nats": nats,
         "bounds": bounds,
         "plain_bounds": plain_bounds,
@@ -150,7 +153,7 @@ def terminal_summary(report: Summary) -> str:
     return (
         f"enacted {percent(report.base.enacted.estimate)} -> {rounds} "
         f"(persona prompt {percent(report.prompted.enacted.estimate)}); "
-        f"pmass {last.pmass_share:.3f} of base; "
+        f"pmass {fixed(last.pmass_share, 3)} of base; "
         f"mundane {percent(last.mundane)} (base {percent(report.base.mundane)})"
     )
 
@@ -159,15 +162,18 @@ def terminal_summary(report: Summary) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as `97 %`; what is not all or nothing is not rounded to it."""
-    digits = 1 if 0.99 < share < 1 or 0 < share < 0.01 else 0
-    return f"{100 * share:.{digits}f} %"
+    """A share as `97.3 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def percent_bounds(interval: Interval) -> str:
+    """The ends of an interval of shares, as `[95.1, 98.8]`."""
+    return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
 def nats(value: float, sign: bool = True) -> str:
     """A number of nats as `+0.42`, with a minus that is as wide as the plus."""
-    rounded = round(value, 2) + 0.0  # + 0.0: no minus before a zero
-    return f"{rounded:+.2f}".replace("-", "−") if sign else f"{rounded:.2f}"
+    return fixed(value, 2, sign).replace("-", "−")
 
 
 def bounds(interval: Interval) -> str:
@@ -177,7 +183,7 @@ def bounds(interval: Interval) -> str:
 
 def plain_bounds(interval: Interval, digits: int = 2) -> str:
     """The ends of an interval of ratios, as `[0.91, 1.02]`."""
-    return f"[{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+    return f"[{fixed(interval.low, digits)}, {fixed(interval.high, digits)}]"
 
 
 def visible(text: str) -> str:

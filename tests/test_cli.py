@@ -264,9 +264,10 @@ def test_run_of_an_older_version_is_named_and_left_alone(
     rounds_of(tmp_path, 1, *settings)
     run = tmp_path / "rounds" / "small"
     _as_an_older_version_wrote_it(run)
+    (tmp_path / "rounds" / "other").mkdir()
     before = tree(tmp_path)
     older = "was written by an older version of steer-heal, without"
-    for arguments in (["report", "small"], ["compare", "small", "small"], ["eval", "small"]):
+    for arguments in (["report", "small"], ["compare", "small", "other"], ["eval", "small"]):
         message = refusal(command(tmp_path, *arguments))
         assert f"rounds/small/round-00/eval.json {older} steered.second_replies; " in message
         assert "run=NAME" in message
@@ -287,8 +288,9 @@ def test_run_that_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["report", "compare"])
 def test_folder_that_is_no_run_is_refused(name: str, tmp_path: Path) -> None:
-    (tmp_path / "rounds" / "empty").mkdir(parents=True)
-    runs = ["empty"] if name == "report" else ["empty", "empty"]
+    for folder in ("empty", "too"):
+        (tmp_path / "rounds" / folder).mkdir(parents=True)
+    runs = ["empty"] if name == "report" else ["empty", "too"]
     assert "is not a run" in _refused(tmp_path, name, *runs)
 
 

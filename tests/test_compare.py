@@ -109,8 +109,8 @@ def _moved(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def test_a_run_does_not_differ_from_itself(runs: dict[str, Path]) -> None:
-    table, differences = compare_runs([runs["slow"], runs["slow"]]).split("\n\n")
+def test_a_run_does_not_differ_from_its_copy(runs: dict[str, Path], copy: Path) -> None:
+    table, differences = compare_runs([runs["slow"], copy]).split("\n\n")
     assert set(_lines(table)) == set(FIGURES)
     lines = _lines(differences)
     assert set(lines) == set(FIGURES)
@@ -147,10 +147,17 @@ def test_runs_that_mean_to_move_other_foundations_are_not_compared_in_that(
     assert set(_lines(table)) == set(_lines(differences)) == left
 
 
-def test_three_runs_are_each_compared_with_the_first(runs: dict[str, Path]) -> None:
-    table, *pairs = compare_runs([runs["slow"], runs["fast"], runs["slow"]]).split("\n\n")
-    assert table.splitlines()[0].split()[-3:] == ["slow", "fast", "slow"]
-    assert [pair.split(",")[0] for pair in pairs] == ["fast minus slow", "slow minus slow"]
+def test_three_runs_are_each_compared_with_the_first(runs: dict[str, Path], copy: Path) -> None:
+    table, *pairs = compare_runs([runs["slow"], runs["fast"], copy]).split("\n\n")
+    assert table.splitlines()[0].split()[-3:] == ["slow", "fast", "copy"]
+    assert [pair.split(",")[0] for pair in pairs] == ["fast minus slow", "copy minus slow"]
+
+
+def test_a_run_is_not_compared_with_itself(runs: dict[str, Path]) -> None:
+    again = runs["slow"] / ".." / "slow"
+    for given in ([runs["slow"], again], [runs["slow"], runs["fast"], again]):
+        with pytest.raises(UserError, match="is given twice: a run does not differ from itself"):
+            compare_runs(given)
 
 
 def test_other_samples_are_refused(runs: dict[str, Path]) -> None:

@@ -22,16 +22,20 @@ from matplotlib.image import imread
 from eval.errors import UserError
 from eval.files import write_json
 from eval.statistics import Interval
+from eval.summary import interval_text
 from steer_heal.artifacts import Controls, Limits, Unbarred
 from steer_heal.config import resolve_config
 from steer_heal.figures import DPI, LAYOUTS, SIZES_INCHES, THEMES, _spread, draw_drift
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import run_path
 from steer_heal.report import (
+    bounds,
     command_of,
     diary_of,
     drift_of,
+    nats,
     percent,
+    plain_bounds,
     render_page,
     visible,
     write_report,
@@ -151,8 +155,8 @@ def test_the_table_has_the_numbers_of_the_files(
     for line, rows in zip(lines, conditions, strict=True):
         _, dose, enacted, care, authority, others, pmass, tail, mundane = line
         steered = rows["dose"] is not None
-        assert dose == (f"{rows['dose']:.3g} KL {rows['kl_nats']:.2f}" if steered else "–")
-        assert enacted.startswith(f"{100 * _enacted(rows):.0f} % ")
+        assert dose == (f"{rows['dose']:.3f} KL {rows['kl_nats']:.2f}" if steered else "–")
+        assert enacted.startswith(f"{100 * _enacted(rows):.1f} % ")
         for name, cell in (("care", care), ("authority", authority)):
             assert cell.startswith(_signed(_nats(rows, name)))
             if rows is not conditions[0]:
@@ -185,7 +189,7 @@ def test_the_coherence_table_has_the_numbers_of_the_files(
             statistics.mean(_repeated(reply["text"]) for reply in rows["replies"])
         )
         if rows is base:
-            assert (length, neutral) == ("1", "1")
+            assert (length, neutral) == ("1.00", "1.000")
         else:
             words = [_mean_words(each) for each in (rows, base)]
             assert length.startswith(f"{words[0] / words[1]:.2f} [")
@@ -326,7 +330,7 @@ def test_doses_drops_and_training_are_those_of_the_files(
         assert {k: int(v) for k, v in counts.items()} == {k: reasons.count(k) for k in counts}
         doses = [line for line in tables["doses"][1:] if line[0] == str(index + 1)]
         points = json.loads((folder / "dose.json").read_text())
-        assert [line[1] for line in doses] == [f"{point['dose']:.3g}" for point in points]
+        assert [line[1] for line in doses] == [f"{point['dose']:.3f}" for point in points]
         assert [line[5] for line in doses] == [_signed(p["enactment_nats"]) for p in points]
         steps = [json.loads(line) for line in (folder / "train.jsonl").open()]
         line = tables["training"][1 + index]
@@ -606,14 +610,19 @@ def test_a_truncated_file_is_named(run: Path, name: str) -> None:
     assert not (run / "report.html").exists()
 
 
-def test_shares_are_not_rounded_to_all_or_nothing() -> None:
-    assert [percent(share) for share in (0, 0.004, 0.41, 0.992, 1)] == [
-        "0 %",
-        "0.4 %",
-        "41 %",
-        "99.2 %",
-        "100 %",
-    ]
+def test_numbers_of_a_column_have_the_same_digits_and_0_is_never_negative() -> None:
+    shares = [percent(share) for share in (0, 0.004, 0.41, 0.992, 1)]
+    assert shares == ["0.0 %", "0.4 %", "41.0 %", "99.2 %", "100.0 %"]
+    assert [nats(value) for value in (-0.004, 0, -0.006)] == ["+0.00", "+0.00", "−0.01"]
+    assert [nats(value, False) for value in (-0.004, -0.006, 0.5)] == ["0.00", "−0.01", "0.50"]
+    near = Interval(estimate=-1e-9, low=-4e-4, high=4e-4)
+    assert interval_text(near) == "+0.000 [+0.000, +0.000]"
+    assert [plain_bounds(near), bounds(near)] == ["[0.00, 0.00]", "[+0.00, +0.00]"]
+
+
+def test_no_table_shows_a_negative_0(page: str, tables: dict[str, list[list[str]]]) -> None:
+    cells = [cell for rows in tables.values() for row in rows for cell in row]
+    assert not [cell for cell in cells if re.search(r"[-−]0\.?0*(?![.\d])", cell)]
 
 
 def test_control_characters_are_shown() -> None:
