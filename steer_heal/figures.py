@@ -26,11 +26,11 @@ SIZES_INCHES: dict[Layout, tuple[float, float]] = {"wide": (10.0, 7.0), "narrow"
 # Left, bottom, width, height of the panels, inches; room for names is left at their right.
 _PLACES: dict[Layout, dict[str, tuple[float, float, float, float]]] = {
     "wide": {
-        "drift": (0.75, 3.25, 3.75, 3.2),
-        "enacted": (6.6, 3.25, 2.1, 3.2),
-        "pmass": (0.75, 0.6, 1.95, 1.6),
-        "tail": (3.95, 0.6, 1.95, 1.6),
-        "mundane": (7.25, 0.6, 1.95, 1.6),
+        "drift": (0.75, 3.25, 3.7, 3.2),
+        "enacted": (6.65, 3.25, 2.0, 3.2),
+        "pmass": (0.75, 0.6, 1.85, 1.6),
+        "tail": (3.95, 0.6, 1.85, 1.6),
+        "mundane": (7.25, 0.6, 1.85, 1.6),
     },
     "narrow": {
         "drift": (0.75, 10.6, 2.15, 3.0),
@@ -81,7 +81,24 @@ class _Palette:
     accents: tuple[str, ...]
 
 
-_Label = tuple[float, str, str, bool]  # height, text, colour, bold
+_LINE_POINTS = 11.5  # height of a line of names
+_LEAD_POINTS = 12  # from a panel's right edge to the names
+_MARGIN_ROUNDS = 0.15  # from the last round to a panel's right edge, and from base to its left one
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Label:
+    """The name of one line, or of several that are alike."""
+
+    text: str
+    heights: tuple[float, ...]  # where the lines end, on the y axis
+    color: str
+    strong: bool = False
+
+    @property
+    def place(self) -> float:
+        return sum(self.heights) / len(self.heights)
+
 
 _PALETTES: dict[Theme, _Palette] = {
     "light": _Palette(
@@ -154,11 +171,12 @@ def _draw_foundations(axes: Axes, drift: Drift, palette: _Palette) -> list[_Labe
         strong = foundation.is_intended
         axes.fill_between(rounds, lows, highs, color=color, alpha=0.2 if strong else 0.08, lw=0)
         axes.plot(rounds, estimates, color=color, lw=2.4 if strong else 1.1, marker="o", ms=4)
-        labels.append((estimates[-1], foundation.name.replace("_", " "), color, strong))
+        name = foundation.name.replace("_", " ")
+        labels.append(_Label(text=name, heights=(estimates[-1],), color=color, strong=strong))
         if strong:
-            name = foundation.name.replace("_", " ")
             axes.axhline(foundation.prompted, color=color, lw=1.3, ls=(0, (5, 3)))
-            labels.append((foundation.prompted, f"{name}, prompted", color, False))
+            prompted = (foundation.prompted,)
+            labels.append(_Label(text=f"{name}, prompted", heights=prompted, color=color))
             ones = [1] * len(foundation.random)
             axes.plot(ones, foundation.random, color=color, marker="x", ms=8, mew=2, ls="none")
     return labels
@@ -186,10 +204,10 @@ def _draw_enacted(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     return [
-        (drift.enacted[-1].estimate, "healed", color, True),
-        (drift.enacted_prompted, "persona prompt", color, False),
-        (base, "base", palette.ink, False),
-        (sum(drift.enacted_random) / len(drift.enacted_random), "random", palette.muted, False),
+        _Label(text="healed", heights=(drift.enacted[-1].estimate,), color=color, strong=True),
+        _Label(text="persona prompt", heights=(drift.enacted_prompted,), color=color),
+        _Label(text="base", heights=(base,), color=palette.ink),
+        _Label(text="random", heights=drift.enacted_random, color=palette.muted),
     ]
 
 
@@ -202,8 +220,8 @@ def _draw_pmass(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
     axes.set_ylim(min(0.978, lowest - 0.1 * (1 - lowest)), max(1.004, highest * 1.002))
     axes.ticklabel_format(axis="y", useOffset=False)
     return [
-        (drift.pmass_gate, "gate", palette.accents[0], False),
-        (drift.pmass_shares[-1], "healed", palette.ink, False),
+        _Label(text="gate", heights=(drift.pmass_gate,), color=palette.accents[0]),
+        _Label(text="healed", heights=drift.pmass_shares[-1:], color=palette.ink),
     ]
 
 
@@ -218,8 +236,8 @@ def _draw_tail(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
     axes.plot(rounds, drift.tail_p90s_nats, color=palette.muted, marker="o", ms=4, lw=1.1)
     axes.set_ylim(0, max(high, *drift.tail_p90s_nats) * 1.12)
     return [
-        (drift.tail_p90s_nats[-1], "90 %", palette.muted, False),
-        (drift.tail_medians_nats[-1], "median", palette.ink, False),
+        _Label(text="90 %", heights=drift.tail_p90s_nats[-1:], color=palette.muted),
+        _Label(text="median", heights=drift.tail_medians_nats[-1:], color=palette.ink),
     ]
 
 
@@ -233,8 +251,8 @@ def _draw_mundane(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))  # whole percents
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     return [
-        (drift.mundane[-1], "healed", palette.ink, False),
-        (drift.mundane[0], "base", palette.muted, False),
+        _Label(text="healed", heights=drift.mundane[-1:], color=palette.ink),
+        _Label(text="base", heights=drift.mundane[:1], color=palette.muted),
     ]
 
 
@@ -254,7 +272,7 @@ def _title(axes: Axes, title: str, note: str, palette: _Palette) -> None:
 
 def _number_rounds(axes: Axes, count: int, best: int | None, palette: _Palette) -> None:
     """The x axis: base, then the rounds; the best one is marked."""
-    axes.set_xlim(-0.15, count - 0.85)
+    axes.set_xlim(-_MARGIN_ROUNDS, count - 1 + _MARGIN_ROUNDS)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.xaxis.set_major_formatter(lambda x, _: "base" if x == 0 else f"{x:.0f}")
     axes.set_xlabel("after round" + (f" (best: {best})" if best is not None else ""))
@@ -263,24 +281,37 @@ def _number_rounds(axes: Axes, count: int, best: int | None, palette: _Palette) 
 
 
 def _label_right(axes: Axes, labels: Sequence[_Label], height_inches: float) -> None:
-    """Names lines at their right ends, pushed apart until none overlaps another."""
-    low, high = axes.get_ylim()
-    gap = 11.5 / 72 / height_inches * (high - low)  # a line of 8.5 points
-    ordered = sorted(labels)
-    places = _spread([value for value, *_ in ordered], gap)
-    for place, (_, text, color, strong) in zip(places, ordered, strict=True):
-        axes.annotate(
-            text,
-            (1, place),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            fontweight="bold" if strong else "normal",
-            color=color,
-            annotation_clip=False,
-        )
+    """Names lines at their right ends, pushed apart until none overlaps another.
+
+    A thin lead runs from each name to every line that it is of: lines may lie on one another.
+    """
+    (low, high), (_, edge) = axes.get_ylim(), axes.get_xlim()
+    points = height_inches * 72 / (high - low)  # a unit of the y axis
+    ordered = sorted(labels, key=lambda label: label.place)
+    places = _spread([label.place for label in ordered], _LINE_POINTS / points)
+    for place, label in zip(places, ordered, strict=True):
+        for index, height in enumerate(label.heights):
+            axes.plot([edge - _MARGIN_ROUNDS, edge], [height] * 2, color=label.color, lw=0.7)
+            axes.annotate(
+                label.text if index == 0 else "",
+                (1, height),
+                xycoords=axes.get_yaxis_transform(),
+                xytext=(_LEAD_POINTS, (place - height) * points),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+                fontweight="bold" if label.strong else "normal",
+                color=label.color,
+                annotation_clip=False,
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": label.color,
+                    "lw": 0.7,
+                    "relpos": (0, 0.5),
+                    "shrinkA": 2,
+                    "shrinkB": 0,
+                },
+            )
 
 
 def _spread(wanted: Sequence[float], gap: float) -> list[float]:

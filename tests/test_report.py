@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Annotation
 
 from eval.errors import UserError
 from eval.files import write_json
@@ -25,7 +28,16 @@ from eval.statistics import Interval
 from eval.summary import interval_text
 from steer_heal.artifacts import Controls, Limits, Unbarred
 from steer_heal.config import resolve_config
-from steer_heal.figures import DPI, LAYOUTS, SIZES_INCHES, THEMES, _spread, draw_drift
+from steer_heal.figures import (
+    DPI,
+    LAYOUTS,
+    SIZES_INCHES,
+    THEMES,
+    _Label,
+    _label_right,
+    _spread,
+    draw_drift,
+)
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import run_path
 from steer_heal.report import (
@@ -566,6 +578,25 @@ def test_names_in_the_plot_are_pushed_apart_no_further_than_needed() -> None:
     assert _spread([0.0, 5.0, 9.0], 1.0) == [0.0, 5.0, 9.0]
     assert _spread([0.0, 0.0, 0.0], 1.0) == [-1.0, 0.0, 1.0]
     assert _spread([0.0, 0.2, 5.0], 1.0) == pytest.approx([-0.4, 0.6, 5.0])
+
+
+def test_every_name_in_the_plot_leads_to_the_lines_that_it_is_of() -> None:
+    axes = Figure().add_axes((0.1, 0.1, 0.5, 0.8))
+    axes.set_ylim(-1, 1)
+    ends = {"one": (0.5,), "on another": (0.5,), "three": (-0.9, 0.1, 0.2)}
+    labels = [_Label(text=text, heights=heights, color="k") for text, heights in ends.items()]
+    _label_right(axes, labels, 3.0)
+    leads = [lead for lead in axes.texts if isinstance(lead, Annotation)]
+    texts, ended = [], []
+    for lead in leads:  # a name's first lead carries its text
+        texts.append(lead.get_text() or texts[-1])
+        ended.append(lead.xy[1])
+    assert sorted(zip(texts, ended, strict=True)) == [
+        (text, height) for text, heights in sorted(ends.items()) for height in heights
+    ]
+    unit = 3.0 * 72 / 2  # points
+    places = sorted(lead.xy[1] + lead.xyann[1] / unit for lead in leads if lead.get_text())
+    assert min(b - a for a, b in itertools.pairwise(places)) >= 11 / unit  # a line of text
 
 
 def test_the_command_makes_the_same_config_again(report: Summary) -> None:
