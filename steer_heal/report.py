@@ -58,17 +58,16 @@ def write_report(path: Path) -> Path:
 def drift_of(report: Summary) -> Drift:
     """What the plot shows: base at round 0, then every round healed."""
     healed = [report.base, *(round.healed for round in report.rounds)]
-    intended = report.intended
     return Drift(
         foundations=tuple(
             FoundationDrift(
                 name=name,
-                is_intended=name in intended,
+                is_intended=name in report.intended,
                 shifts=tuple(figures.shifts[name] for figures in healed),
                 prompted=report.prompted.shifts[name].estimate,
                 random=tuple(each.shifts[name].estimate for each in report.random),
             )
-            for name in [*intended, *sorted(set(report.base.nats) - set(intended))]
+            for name in report.foundations
         ),
         enacted=tuple(figures.enacted for figures in healed),
         enacted_prompted=report.prompted.enacted.estimate,

@@ -92,6 +92,11 @@ class Summary:
         return sorted(signs, key=lambda name: (-signs[name], name))
 
     @property
+    def foundations(self) -> list[str]:
+        """All that the probe asks about: the intended ones, then the others by name."""
+        return [*self.intended, *sorted(set(self.base.nats) - set(self.intended))]
+
+    @property
     def best(self) -> RoundFigures | None:
         """The round with the largest trait shift among the coherent ones."""
         coherent = [round for round in self.rounds if round.is_coherent]

@@ -55,7 +55,7 @@ from steer_heal.report import (
 from steer_heal.rounds import Run
 from steer_heal.saved import Spread, condition_figures, length_correlation, read_saved_run
 from steer_heal.summary import Summary, summarise
-from tests.small import small_settings
+from tests.small import FOUNDATIONS, small_settings
 from tests.tiny import tiny_model_folder
 
 ROUNDS = 2
@@ -182,6 +182,26 @@ def test_the_table_has_the_numbers_of_the_files(
         tails = [reply["surprisal"]["tail_nll_nats"] for reply in rows["replies"]]
         assert tail == f"{statistics.median(tails):.2f}"
         assert mundane == percent(statistics.mean(task["right"] for task in rows["tasks"]))
+
+
+def test_every_foundation_is_shown_down_the_rounds(
+    made: Path, tables: dict[str, list[list[str]]]
+) -> None:
+    base, prompted, *_ = conditions = _conditions(made)
+    healed = conditions[6::2]
+    header, *lines = tables["foundations"]
+    rounds = [f"round {number}, shift" for number in range(1, ROUNDS + 1)]
+    assert header == ["foundation", "base, nats", "persona prompt, shift", *rounds]
+    assert [line[0] for line in lines[:2]] == ["care wanted up", "authority wanted down"]
+    assert {line[0] for line in lines[2:]} == {
+        name.replace("_", " ") for name in FOUNDATIONS if name not in ("care", "authority")
+    }
+    for line in lines:
+        name = line[0].partition(" wanted")[0].replace(" ", "_")
+        assert line[1] == _signed(_nats(base, name))
+        for cell, rows in zip(line[2:], [prompted, *healed], strict=True):
+            shift = _signed(_nats(rows, name) - _nats(base, name))
+            assert re.fullmatch(rf"{re.escape(shift)} \[\S+, \S+\]", cell)
 
 
 def test_the_coherence_table_has_the_numbers_of_the_files(
