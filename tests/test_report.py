@@ -167,7 +167,7 @@ def test_the_table_has_the_numbers_of_the_files(
     for line, rows in zip(lines, conditions, strict=True):
         _, dose, enacted, care, authority, others, pmass, tail, mundane = line
         steered = rows["dose"] is not None
-        assert dose == (f"{rows['dose']:.3f} KL {rows['kl_nats']:.2f}" if steered else "–")
+        assert dose == (f"{rows['dose']:.3f} KL {rows['kl_nats']:.3f}" if steered else "–")
         assert enacted.startswith(f"{100 * _enacted(rows):.1f} % ")
         for name, cell in (("care", care), ("authority", authority)):
             assert cell.startswith(_signed(_nats(rows, name)))
