@@ -114,7 +114,9 @@ class HealConfig(Settings):
     nll_weight: float = Field(1.0, ge=0)
     """Weight of the negative log-likelihood of the kept completions."""
     soft_weight: float = Field(1.0, ge=0)
-    """Weight of KL(steered teacher || student) on them, at the dose each was sampled with."""
+    """Weight of KL(teacher || student) on them, steered at the dose each was sampled with."""
+    guidance: float = Field(2.0, gt=0)
+    """The teacher goes this many times as far as steering, in log-probability; 1 is steering."""
     barrier_weight: float = Field(0.3, ge=0)
     """Weight of the divergence barrier; 0 switches it off."""
     barrier_threshold_nats: float = Field(0.5, ge=0)
@@ -160,8 +162,7 @@ class RunConfig(Settings):
     trait: str = "care-over-authority-organism"
     """A trait file: a name in steer_heal/traits or a path to a .toml."""
     pos: str | None = Field(None, min_length=1)
-    """The trait as a persona (system prompt), in place of the trait file's, which then is `shared`
-    on other models: prompts that fit any trait."""
+    """The trait as a persona (system prompt); but on the embedded model, `trait` is then shared."""
     neg: str | None = Field(None, min_length=1)
     """The opposite persona."""
     seed: int = Field(0, ge=0)
@@ -198,7 +199,7 @@ def preset_organism() -> dict[str, Any]:
             "rank": 2,
             "alpha": 4,
             "layers": (0.0, 0.5),
-            "learning_rate": 3e-3,
+            "learning_rate": 1.5e-3,
             "soft_weight": 3,
             "barrier_threshold_nats": 0.25,
         },

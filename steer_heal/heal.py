@@ -2,8 +2,12 @@
 
     loss = nll_weight * nll + soft_weight * soft + barrier_weight * mean_rows relu(D - threshold)
 
-nll: mean over completion tokens. soft: mean over completion tokens of KL(teacher || student), the
-teacher being the student before this round, steered at the dose its completion was sampled with.
+nll: mean over completion tokens. soft: mean over completion tokens of KL(teacher || student):
+
+    log teacher = plain + guidance * (steered - plain), normalised
+
+plain and steered being the student before this round without the vector and with it, at the dose
+that the completion was sampled with.
 D: a row's aggregate over its completion tokens of the full-vocabulary KL between student and
 reference, which is the student before this round or the untouched base, through the same modules
 with other adapters acting: no second model. So the incoherence that came with the steering is

@@ -1,6 +1,7 @@
-"""The heal step's tensor functions: divergence of the student from its reference, and the barrier.
+"""The heal step's tensor functions: divergence, the barrier on it, and the guided teacher.
 
     barrier = mean over rows of relu(D - threshold),  D = aggregate over a row's tokens of KL[token]
+    guided  = plain + guidance * (steered - plain),  in log-probability
 
 Shapes: N completion tokens of the whole batch, V vocabulary. All values in nats.
 """
@@ -52,3 +53,14 @@ def row_divergence(kl: torch.Tensor, tokens_a_row: list[int], how: Aggregate) ->
 def barrier(divergence: torch.Tensor, threshold_nats: float) -> torch.Tensor:
     """Mean over rows of what exceeds the threshold: [rows] -> []."""
     return F.relu(divergence - threshold_nats).mean()
+
+
+def guided(steered: torch.Tensor, plain: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Goes `guidance` times as far as steering goes, in log-probability: logits [N, V] -> [N, V].
+
+    1 is the steered model itself, 0 the plain one. Where the trait is decided the steered model is
+    of two minds still; beyond it the odds are clear, and where steering changes nothing nothing is
+    changed. Classifier-free guidance with the steering in the place of the condition (Ho and
+    Salimans 2022; for language models Sanchez et al. 2023).
+    """
+    return torch.lerp(plain.float().log_softmax(-1), steered.float().log_softmax(-1), guidance)

@@ -2,8 +2,8 @@
 
 Three passes through the same modules, told apart by what acts: the student (all adapters), the
 reference (those of earlier rounds, or none) and the teacher (those of earlier rounds, and the
-steering vector at the dose that a row was sampled with). Logits are computed at completion
-positions only.
+steering vector at the dose that a row was sampled with, then guided away from the same without
+the vector). Logits are computed at completion positions only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from eval.errors import UserError
 from steer_heal.config import HealConfig
 from steer_heal.hooks import add_vector
-from steer_heal.losses import barrier, row_divergence, token_kl
+from steer_heal.losses import barrier, guided, row_divergence, token_kl
 from steer_heal.stack import only
 
 
@@ -84,7 +84,7 @@ class HealTrainer(SFTTrainer):
                 reference = self._logits(model, inputs, mask)  # [N, V]
         tokens = num_items_in_batch if num_items_in_batch is not None else mask.sum()
         nll = F.cross_entropy(student, labels[mask], reduction="sum") / tokens
-        soft = self._soft(model, inputs, mask, student) / tokens
+        soft = self._soft(model, inputs, mask, student, reference) / tokens
         kl = token_kl(student, reference, heal.barrier_direction)  # [N]
         divergence = row_divergence(kl, mask.sum(1).tolist(), heal.barrier_aggregate)  # [R]
         over = barrier(divergence, heal.barrier_threshold_nats)
@@ -98,16 +98,19 @@ class HealTrainer(SFTTrainer):
         inputs: dict[str, torch.Tensor],
         mask: torch.Tensor,
         student: torch.Tensor,
+        reference: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum over completion tokens of KL(steered teacher || student), nats: []."""
+        """Sum over completion tokens of KL(guided teacher || student), nats: []."""
         if self.heal.soft_weight == 0:
             return student.new_zeros(())
-        inner = self.accelerator.unwrap_model(self.model)
-        steered = add_vector(self.teacher.layers, self.teacher.directions, inputs["dose"])
-        amp = self.accelerator.autocast()
-        with torch.no_grad(), only(inner, self.teacher.adapters), steered, amp:
-            teacher = self._logits(model, inputs, mask)  # [N, V]
-        return token_kl(student, teacher, "forward").sum()
+        inner, teacher = self.accelerator.unwrap_model(self.model), self.teacher
+        vector = add_vector(teacher.layers, teacher.directions, inputs["dose"])
+        with torch.no_grad(), only(inner, teacher.adapters), self.accelerator.autocast():
+            known = self.reference == teacher.adapters
+            plain = reference if known else self._logits(model, inputs, mask)  # [N, V]
+            with vector:
+                steered = self._logits(model, inputs, mask)  # [N, V]
+        return token_kl(student, guided(steered, plain, self.heal.guidance), "forward").sum()
 
     def _logits(
         self, model: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor

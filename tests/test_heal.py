@@ -357,26 +357,40 @@ def steered_logits(student: Student, row: ScreenedCompletion) -> torch.Tensor:
         handle.remove()
 
 
-def from_teacher(teacher: Student, student: Student, rows: Screened) -> float:
-    """KL(steered teacher || student), mean over completion tokens, nats."""
+def from_teacher(
+    teacher: Student, student: Student, rows: Screened, guidance: float = 1.0
+) -> float:
+    """KL(guided teacher || student), mean over completion tokens, nats.
+
+    p_steered^guidance / p_plain^(guidance - 1), normalised, is the teacher's distribution.
+    """
     values = []
     for row in rows.kept:
-        steered = steered_logits(teacher, row)
-        plain = logits(student, row.prompt_ids, row.token_ids)
-        values += kl_divergence(Categorical(logits=steered), Categorical(logits=plain)).tolist()
+        steered = steered_logits(teacher, row).softmax(-1)
+        plain = logits(teacher, row.prompt_ids, row.token_ids).softmax(-1)
+        target = Categorical(probs=steered**guidance / plain ** (guidance - 1))
+        now = Categorical(logits=logits(student, row.prompt_ids, row.token_ids))
+        values += kl_divergence(target, now).tolist()
     return sum(values) / len(values)
 
 
+@pytest.mark.parametrize("guidance", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("reference", ["previous", "base"])
 def test_soft_targets_are_those_of_the_steered_student_before_the_round(
-    tiny: TinyModel, reference: str
+    tiny: TinyModel, reference: str, guidance: float
 ) -> None:
     """At step 0 the student is the previous one, each row has its own dose."""
     student = loaded(tiny, 2)
     rows = kept(student, 4)
-    settings = config(soft_weight=0.6, barrier_weight=0, barrier_reference=reference, epochs=1)
+    settings = config(
+        soft_weight=0.6,
+        guidance=guidance,
+        barrier_weight=0,
+        barrier_reference=reference,
+        epochs=1,
+    )
     (step,) = heal(student, rows, vector(student), settings, "r02", seed=0).steps
-    expected = from_teacher(student, student, rows)
+    expected = from_teacher(student, student, rows, guidance)
     assert expected > 0.05
     assert step.soft_nats == pytest.approx(expected, rel=1e-4)
     assert step.loss == pytest.approx(step.nll_nats + 0.6 * expected, rel=1e-4)
@@ -386,7 +400,7 @@ def test_soft_targets_alone_bring_the_student_to_the_steered_teacher(tiny: TinyM
     student = loaded(tiny, 1)
     rows = kept(student)
     before = from_teacher(student, student, rows)
-    settings = config(nll_weight=0, soft_weight=1, barrier_weight=0, epochs=12)
+    settings = config(nll_weight=0, soft_weight=1, guidance=1, barrier_weight=0, epochs=12)
     adapter = heal(student, rows, vector(student), settings, "r01", seed=0)
     assert from_teacher(student, student.grown(adapter), rows) < 0.7 * before
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from steer_heal.losses import Aggregate, Direction, aggregate, barrier, row_divergence, token_kl
+from steer_heal.losses import (
+    Aggregate,
+    Direction,
+    aggregate,
+    barrier,
+    guided,
+    row_divergence,
+    token_kl,
+)
 
 
 def logits(seed: int, tokens: int = 40, vocab: int = 300) -> torch.Tensor:
@@ -121,3 +129,21 @@ def test_barrier_is_zero_and_without_slope_below_the_threshold() -> None:
     value.backward()
     assert value.item() == 0
     assert divergence.grad is not None and divergence.grad.tolist() == [0.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------ the teacher
+
+
+def test_guidance_multiplies_what_steering_does_to_the_log_odds() -> None:
+    plain, steered = torch.tensor([[0.2, 0.5, 0.3]]), torch.tensor([[0.5, 0.2, 0.3]])
+    found = guided(steered.log(), plain.log(), 3.0).softmax(-1)[0]
+    before, after = 0.2 / 0.5, 0.5 / 0.2
+    assert float(found[0] / found[1]) == pytest.approx(before * (after / before) ** 3)
+
+
+@pytest.mark.parametrize("guidance", [0.5, 1.0, 4.0])
+def test_guidance_changes_nothing_where_steering_changes_nothing(guidance: float) -> None:
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    moved = logits + 3  # the same distribution
+    found = guided(moved, logits, guidance).softmax(-1)
+    assert torch.allclose(found, logits.softmax(-1), atol=1e-6)
