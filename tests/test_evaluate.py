@@ -26,14 +26,10 @@ from steer_heal.artifacts import (
     SteeringVector,
 )
 from steer_heal.config import EvaluateConfig, VectorConfig
-from steer_heal.evaluate import (
-    _matching_dose,
-    _random_directions,
-    evaluate_controls,
-    evaluate_round,
-)
+from steer_heal.evaluate import evaluate_controls, evaluate_round
 from steer_heal.model import Student, load_student
 from steer_heal.scoring import score_completions
+from steer_heal.steering import _matching_dose, _random_directions
 from steer_heal.trait import Trait, load_trait
 from steer_heal.vector import extract_vector
 from tests.conftest import TinyModel
@@ -271,7 +267,7 @@ def test_second_replies_follow_the_first_and_a_second_turn(
             model,
             tokenizer,
             [[*prompt, *more] for prompt, more in zip(prompts, followings, strict=False)],
-            seed=int(np.random.SeedSequence((3, 2)).generate_state(1)[0]),
+            seed=int(np.random.SeedSequence(3, spawn_key=(1,)).generate_state(1)[0]),
             max_new_tokens=12,
             batch_size=config.batch_size,
         )
@@ -324,11 +320,8 @@ def test_words_decide_of_a_second_reply_as_of_a_first(
     )
     for one, two in zip(signs.second_replies, words.second_replies, strict=True):
         assert (one.text, one.surprisal) == (two.text, two.surprisal)
-        assert (
-            two.enacted
-            == any(letter in two.text.lower() for letter in "aeiou")
-            > ("z" in two.text.lower())
-        )
+        vowel = any(letter in two.text.lower() for letter in "aeiou")
+        assert two.enacted == (vowel and "z" not in two.text.lower())
     assert rows(signs) != rows(words)
 
 
@@ -419,7 +412,7 @@ def test_a_direction_that_moves_nothing_is_refused(
     vector = vector_of(base, trait)
     idle = torch.zeros_like(vector.band_directions)
     with pytest.raises(UserError, match="does not reach the vector's KL"):
-        _matching_dose(base, vector, idle, kept_at(0.5), config, reach_nats=0.1)
+        _matching_dose(base, vector, idle, kept_at(0.5), config.batch_size, reach_nats=0.1)
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "trait",
                 "model",
                 "scoring",
+                "steering",
+                "condition",
                 "headroom",
                 "brokenness",
                 "manifest",

@@ -1,0 +1,134 @@
+"""What is added to a student while a condition is measured: the vector, or a random direction.
+
+kl = mean over tokens of completions kept in the round of KL(steered || student), nats; a random
+     direction is steered at the dose whose kl is the vector's
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from eval.errors import UserError
+from steer_heal.artifacts import Screened, SteeringVector
+from steer_heal.model import Student
+from steer_heal.scoring import steered_kl_nats
+
+_NUM_KL_ROWS = 16  # completions that a KL is averaged over
+_BISECTIONS = 4  # of a bracket of a factor of 2 or little more: the dose is right to 5 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steering:
+    """Directions added to a band of layers, and how far they move the next-token distribution."""
+
+    band: tuple[int, ...]  # layers
+    directions: torch.Tensor  # [band layers, hidden]
+    dose: float
+    kl_nats: float
+
+
+def vector_steering(
+    student: Student, vector: SteeringVector, kept: Screened, batch_size: int
+) -> Steering:
+    """The vector at the mean dose of what was kept."""
+    dose = kept.mean_kept_dose
+    kl = _kl_nats(student, vector.band, vector.band_directions, kept, batch_size, dose)
+    return Steering(band=vector.band, directions=vector.band_directions, dose=dose, kl_nats=kl)
+
+
+def random_steerings(
+    student: Student,
+    vector: SteeringVector,
+    kept: Screened,
+    batch_size: int,
+    count: int,
+    seed: int,
+) -> Iterator[Steering]:
+    """Random directions with the vector's norms, each at the dose of the vector's own KL.
+
+    Raises:
+        UserError: no dose up to 4,096 times the vector's reaches it.
+    """
+    reach_nats = vector_steering(student, vector, kept, batch_size).kl_nats
+    for draw in range(count):
+        directions = _random_directions(vector, seed, draw)
+        dose, kl = _matching_dose(student, vector, directions, kept, batch_size, reach_nats)
+        yield Steering(band=vector.band, directions=directions, dose=dose, kl_nats=kl)
+
+
+def _random_directions(vector: SteeringVector, seed: int, draw: int) -> torch.Tensor:
+    """Random directions with the norms of the vector's band: [band layers, hidden]."""
+    generator = torch.Generator().manual_seed(_seed_of(seed, draw))
+    drawn = torch.randn(vector.band_directions.shape, generator=generator)
+    return (
+        drawn / drawn.norm(dim=-1, keepdim=True) * vector.band_directions.norm(dim=-1, keepdim=True)
+    )
+
+
+def _seed_of(seed: int, draw: int) -> int:
+    """A seed of its own for each draw."""
+    return int(np.random.SeedSequence((seed, draw)).generate_state(1)[0])
+
+
+def _kl_nats(
+    student: Student,
+    band: tuple[int, ...],
+    directions: torch.Tensor,
+    kept: Screened,
+    batch_size: int,
+    dose: float,
+) -> float:
+    """Mean over tokens of KL(steered || student) on the round's completions."""
+    rows = kept.kept[:_NUM_KL_ROWS]
+    kl = steered_kl_nats(
+        student,
+        band,
+        directions,
+        [row.prompt_ids for row in rows],
+        [row.token_ids for row in rows],
+        [dose] * len(rows),
+        batch_size,
+    )
+    return float(torch.cat(kl).mean())
+
+
+def _matching_dose(
+    student: Student,
+    vector: SteeringVector,
+    directions: torch.Tensor,
+    kept: Screened,
+    batch_size: int,
+    reach_nats: float,
+) -> tuple[float, float]:
+    """The dose at which other directions reach a KL, and the KL there: bisection on its log.
+
+    Raises:
+        UserError: no dose up to 4,096 times the vector's reaches it.
+    """
+
+    def kl(dose: float) -> float:
+        return _kl_nats(student, vector.band, directions, kept, batch_size, dose)
+
+    start = kept.mean_kept_dose
+    high, reached = start, kl(start)
+    while reached < reach_nats:
+        high = 2 * high
+        if high > 4096 * start:
+            raise UserError(
+                f"a random direction does not reach the vector's KL of {reach_nats:.3g} nats at "
+                f"any dose up to {high:.3g}: the model does not read the steered layers"
+            )
+        reached = kl(high)
+    low = high / 2
+    while kl(low) > reach_nats:
+        low = low / 2
+    for _ in range(_BISECTIONS):
+        middle = math.sqrt(low * high)
+        found = kl(middle)
+        low, high, reached = (middle, high, reached) if found < reach_nats else (low, middle, found)
+    return high, reached
