@@ -294,7 +294,9 @@ class ReplyRow(_Record):
     prompt_index: int  # in the trait's held-out prompts
     sample: int
     text: str
-    enactment_nats: float  # under the base, a token
+    enactment_nats: (
+        float | None
+    )  # under the base, a token; None: words decide, and it is not base's
     enacted: bool  # acts the trait, by the trait's words or by the sign of the enactment
     surprisal: Surprisal  # under the base, no system prompt
 

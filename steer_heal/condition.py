@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from eval.chat import chat_ids, next_turn_text, text_ids
+from eval.coherence import Surprisal
 from eval.forced_choice import forced_choice
 from eval.neutral import neutral_rows
 from eval.sampling import Reply, sample_replies
@@ -44,8 +45,15 @@ def measure_condition(
     *,
     system: str | None = None,
     steering: Steering | None = None,
+    with_enactment: bool = False,
 ) -> ConditionEval:
-    """Measures one condition; all get the same seed, so their replies differ by it alone."""
+    """Measures one condition; all get the same seed, so their replies differ by it alone.
+
+    Args:
+        system: the system prompt it stands under.
+        steering: what is added to the student.
+        with_enactment: keeps the enactment of the replies also where the trait's words decide.
+    """
     choices = load_suite(config.suite, ForcedChoiceSuite)
     tasks = load_suite(config.tasks, TaskSuite)
     neutral = load_suite(config.neutral, NeutralSuite)
@@ -72,7 +80,9 @@ def measure_condition(
         choices=choice.rows,
         unscorable=choice.unscorable,
         tasks=tuple(task_rows),
-        replies=_score(student, trait, [reply.token_ids for reply in replies], config),
+        replies=_score(
+            student, trait, [reply.token_ids for reply in replies], config, with_enactment
+        ),
         second_replies=_score_seconds(student, trait, dialogues, seconds, config),
         neutral=tuple(text_rows),
     )
@@ -151,22 +161,25 @@ def _second_seed(seed: int) -> int:
 
 
 def _score(
-    student: Student, trait: Trait, replies: list[tuple[int, ...]], config: EvaluateConfig
+    student: Student,
+    trait: Trait,
+    replies: list[tuple[int, ...]],
+    config: EvaluateConfig,
+    with_enactment: bool,
 ) -> tuple[ReplyRow, ...]:
     samples = config.samples_per_prompt
     turns = [prompt for prompt in trait.held_out_prompts for _ in range(samples)]
-    scores = score_completions(student, trait, turns, replies, config.batch_size)
-    texts = [student.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies]
+    judged = _judge(student, trait, turns, replies, config.batch_size, None, with_enactment)
     return tuple(
         ReplyRow(
             prompt_index=row // samples,
             sample=row % samples,
-            text=texts[row],
-            enactment_nats=score.enactment_nats,
-            enacted=_is_enacted(trait, texts[row], score.enactment_nats),
-            surprisal=score.surprisal,
+            text=one.text,
+            enactment_nats=one.enactment_nats,
+            enacted=one.enacted,
+            surprisal=one.surprisal,
         )
-        for row, score in enumerate(scores)
+        for row, one in enumerate(judged)
     )
 
 
@@ -177,22 +190,51 @@ def _score_seconds(
     replies: Sequence[tuple[int, ...]],
     config: EvaluateConfig,
 ) -> tuple[SecondReplyRow, ...]:
-    texts = [student.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies]
     prompts = [each.prompt for each in dialogues]
     followings = [each.following_ids for each in dialogues]
-    if trait.acts:  # words decide: the enactment, two thirds of the cost, is not needed
-        found = base_surprisals(student, prompts, replies, config.batch_size, followings)
-        enacted = [bool(trait.enacts(text)) for text in texts]
-    else:
-        scores = score_completions(student, trait, prompts, replies, config.batch_size, followings)
-        found = [score.surprisal for score in scores]
-        enacted = [score.enactment_nats > 0 for score in scores]
+    judged = _judge(student, trait, prompts, replies, config.batch_size, followings)
     return tuple(
-        SecondReplyRow(prompt_index=index, text=text, enacted=acts, surprisal=surprisal)
-        for index, (text, acts, surprisal) in enumerate(zip(texts, enacted, found, strict=True))
+        SecondReplyRow(
+            prompt_index=index, text=one.text, enacted=one.enacted, surprisal=one.surprisal
+        )
+        for index, one in enumerate(judged)
     )
 
 
-def _is_enacted(trait: Trait, text: str, enactment_nats: float) -> bool:
-    by_words = trait.enacts(text)
-    return enactment_nats > 0 if by_words is None else by_words
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    text: str
+    enacted: bool
+    enactment_nats: float | None  # a token; None: the trait's words decided without it
+    surprisal: Surprisal
+
+
+def _judge(
+    student: Student,
+    trait: Trait,
+    prompts: Sequence[str],
+    replies: Sequence[tuple[int, ...]],
+    batch_size: int,
+    followings: Sequence[Sequence[int]] | None = None,
+    with_enactment: bool = False,
+) -> list[_Judged]:
+    texts = [student.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies]
+    by_words = [trait.enacts(text) for text in texts]
+    enactments: list[float | None]
+    if trait.acts and not with_enactment:  # two thirds of the cost are not needed
+        surprisals = base_surprisals(student, prompts, replies, batch_size, followings)
+        enactments = [None] * len(replies)
+    else:
+        scores = score_completions(student, trait, prompts, replies, batch_size, followings)
+        surprisals = [score.surprisal for score in scores]
+        enactments = [score.enactment_nats for score in scores]
+    rows = zip(texts, by_words, enactments, surprisals, strict=True)
+    return [
+        _Judged(
+            text=text,
+            enacted=said if said is not None else nats is not None and nats > 0,
+            enactment_nats=nats,
+            surprisal=surprisal,
+        )
+        for text, said, nats, surprisal in rows
+    ]

@@ -194,7 +194,7 @@ def preset_organism() -> dict[str, Any]:
     Its rows diverge by 0.1 to 0.4 nats while healing: a threshold of 0.5 would hardly ever fire.
     """
     return {
-        "generate": {"doses": (0.5, 0.7)},
+        "generate": {"doses": (0.35, 0.45)},
         "heal": {
             "rank": 2,
             "alpha": 4,

@@ -49,7 +49,7 @@ def evaluate_controls(
     measure = partial(measure_condition, student=base, trait=trait, config=config, seed=seed)
     directions = random_steerings(base, vector, kept, config.batch_size, config.num_random, seed)
     return Controls(
-        base=measure("base"),
+        base=measure("base", with_enactment=True),
         prompted=measure("prompted", system=trait.positive),
         engineered=measure("engineered", system=trait.engineered_prompt),
         random=tuple(

@@ -227,9 +227,14 @@ def length_correlation(replies: Sequence[ReplyRow]) -> Interval | None:
     """
     return rank_correlation(
         [_words(reply) for reply in replies],
-        [reply.enactment_nats for reply in replies],
+        enactments_nats(replies),
         [str(reply.prompt_index) for reply in replies],
     )
+
+
+def enactments_nats(replies: Sequence[ReplyRow]) -> list[float]:
+    """Enactment of replies that have one, as base's do, nats a token."""
+    return [reply.enactment_nats for reply in replies if reply.enactment_nats is not None]
 
 
 def _words(reply: ReplyRow) -> float:

@@ -325,6 +325,24 @@ def test_words_decide_of_a_second_reply_as_of_a_first(
     assert rows(signs) != rows(words)
 
 
+def test_enactment_is_kept_where_it_decides_and_of_base(
+    tiny_qwen3: TinyModel, trait: Trait, config: EvaluateConfig
+) -> None:
+    base = loaded(tiny_qwen3)
+    vector = vector_of(base, trait)
+    told = trait.model_copy(update={"acts": ("[aeiou]",), "acts_opposite": ("z",)})
+    signs, words = (
+        evaluate_controls(base, vector, kept_at(0.5), each, config, seed=0)
+        for each in (trait, told)
+    )
+    assert all(reply.enactment_nats is not None for reply in signs.prompted.replies)
+    assert all(reply.enactment_nats is None for reply in words.prompted.replies)
+    for one, two in zip(signs.base.replies, words.base.replies, strict=True):
+        assert (one.enactment_nats, one.surprisal) == (two.enactment_nats, two.surprisal)
+    for one, two in zip(signs.prompted.replies, words.prompted.replies, strict=True):
+        assert one.surprisal == two.surprisal
+
+
 def test_neutral_text_is_read_by_the_condition_itself(
     tiny_qwen3: TinyModel, trait: Trait, config: EvaluateConfig
 ) -> None:
