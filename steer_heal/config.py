@@ -199,7 +199,7 @@ def preset_organism() -> dict[str, Any]:
             "rank": 2,
             "alpha": 4,
             "layers": (0.0, 0.5),
-            "learning_rate": 1.5e-3,
+            "learning_rate": 2e-3,
             "soft_weight": 3,
             "barrier_threshold_nats": 0.25,
         },
