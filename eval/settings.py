@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -92,23 +93,29 @@ def meaning(config: type[BaseModel], key: str) -> str:
 def allowed(config: type[BaseModel], key: str) -> str:
     """What a key takes, as `a whole number, at least 1`."""
     field = _field(config, key)
-    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
-    origin = get_origin(field.annotation)
+    return _allowed(field.annotation, field.metadata)
+
+
+def _allowed(kind: Any, limits: Sequence[Any]) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _allowed(inner[0], inner[1:])
+    if origin in (Union, UnionType):
+        return " or ".join(_allowed(each, limits) for each in inner if each is not type(None))
     if origin is Literal:
-        return f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+        return " or ".join(filter(None, [", ".join(inner[:-1]), inner[-1]]))
     if origin is tuple:
-        many = "paths" if kinds[0] is Path else "numbers"
-        return f"{many} with commas between" if Ellipsis in kinds else f"two {many}, as A,B"
-    kind = kinds[0] if kinds else field.annotation
+        many = "paths" if inner[0] is Path else "numbers"
+        return f"{many} with commas between" if Ellipsis in inner else f"two {many}, as A,B"
     words = {int: "a whole number", float: "a number", bool: "true or false"}
-    limits = {"ge": "at least", "gt": "above", "lt": "below", "le": "at most"}
+    bounds = {"ge": "at least", "gt": "above", "lt": "below", "le": "at most"}
     found = [
-        f"{limit} {getattr(each, name):g}"
-        for each in field.metadata
-        for name, limit in limits.items()
+        f"{bound} {getattr(each, name):g}"
+        for each in limits
+        for name, bound in bounds.items()
         if hasattr(each, name)
     ]
-    if any(getattr(each, "min_length", 0) for each in field.metadata):
+    if any(getattr(each, "min_length", 0) for each in limits):
         found.append("not empty")
     return ", ".join([words.get(kind, "text"), *found])
 
@@ -178,7 +185,7 @@ def _explain(
     """One sentence a setting: what was given and what is allowed."""
     sentences: dict[str, str] = {}
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+        key = _key(config, problem["loc"])
         if key in values:
             says_enough = problem["type"] in ("value_error", "finite_number")
             takes = _own(problem) if says_enough else f"expected {allowed(config, key)}"
@@ -187,6 +194,13 @@ def _explain(
             said = _own(problem)
         sentences.setdefault(key, said)
     return "; ".join(sentences.values())
+
+
+def _key(config: type[BaseModel], place: Sequence[int | str]) -> str:
+    """The key of a place in a config; after it may stand an index, or one kind of several."""
+    parts = [str(part) for part in place if not isinstance(part, int)]
+    key = ".".join(parts[:2])
+    return key if key in valid_keys(config) else ".".join(parts[:1])
 
 
 def _own(problem: Any) -> str:
