@@ -1,13 +1,15 @@
-"""The heal step's tensor functions: divergence, the barrier on it, and the guided teacher.
+"""The heal step's tensor functions: the barrier on a divergence, the teacher, the spectral norm.
 
-    barrier = mean over rows of relu(D - threshold),  D = aggregate over a row's tokens of KL[token]
-    guided  = plain + guidance * (steered - plain),  in log-probability
+    barrier  = mean over rows of relu(D - threshold), D = aggregate over a row's tokens of KL[token]
+    guided   = plain + guidance * (steered - plain),  in log-probability
+    spectral = largest singular value of B A, a module
 
 Shapes: N completion tokens of the whole batch, V vocabulary. All values in nats.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +19,10 @@ Aggregate = Literal["rmse", "mean", "p95", "max"]
 Direction = Literal["reverse", "forward"]
 
 _EPS = 1e-12  # student == reference at the first step: the root's slope at 0 is infinite
+_TEACHER_SHARE = 0.5  # of the teacher's own divergence is free
+LEAST_NATS = 1e-3  # ten times what padding alone does to a KL in bf16
+_TINY = 1e-30  # below any norm that a trained factor has; 0 / _TINY is 0
+_POWER_ITERATIONS = 24  # a second singular value at 0.9 of the first leaves an error below 1e-4
 
 
 def token_kl(student: torch.Tensor, reference: torch.Tensor, direction: Direction) -> torch.Tensor:
@@ -53,6 +59,47 @@ def row_divergence(kl: torch.Tensor, tokens_a_row: list[int], how: Aggregate) ->
 def barrier(divergence: torch.Tensor, threshold_nats: float) -> torch.Tensor:
     """Mean over rows of what exceeds the threshold: [rows] -> []."""
     return F.relu(divergence - threshold_nats).mean()
+
+
+def auto_threshold(teacher_divergence: torch.Tensor) -> float:
+    """A barrier's threshold from how far the teacher goes: [rows] -> nats.
+
+    Half of the median over the rows in which the teacher leaves the reference. A threshold that the
+    student never reaches is no barrier at all; the teacher is where it is drawn to, so at a share
+    of the teacher's own divergence the barrier comes in, whatever the model, the dose and the
+    aggregate. Rows in which the teacher says what the reference says (a dose that walked down to 0)
+    say nothing of the others. Without any but those it is the least threshold, which holds the
+    student where its teacher stays, too.
+    """
+    moved = teacher_divergence[teacher_divergence > LEAST_NATS]
+    if not len(moved):
+        return LEAST_NATS
+    return max(LEAST_NATS, _TEACHER_SHARE * float(moved.quantile(0.5)))
+
+
+def spectral_norms(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]], start: torch.Tensor
+) -> torch.Tensor:
+    """Largest singular value of B A a module: A [rank, in], B [out, rank] -> [modules].
+
+    Power iteration in the space of the factors: each step is a product with A A^T and B^T B, which
+    are [rank, rank], of all modules at once; B A is never formed. `start` [rank] stands for A v.
+    The gradient goes through u^T B A v with u and v held, as in spectral normalisation (Miyato et
+    al. 2018). At B = 0 both are 0, and so are the value and its gradient.
+    """
+    with torch.no_grad():
+        inner = torch.stack([a @ a.T for a, _ in factors])  # [modules, rank, rank]
+        outer = torch.stack([b.T @ b for _, b in factors])
+        at = start.expand(len(factors), -1).unsqueeze(-1)  # A v: [modules, rank, 1]
+        for _ in range(_POWER_ITERATIONS):
+            at = F.normalize(inner @ outer @ at, dim=1, eps=_TINY)
+    norms = []
+    for (a, b), each in zip(factors, at, strict=True):
+        with torch.no_grad():
+            u = F.normalize(b @ each, dim=0, eps=_TINY)  # [out, 1]
+            v = F.normalize(a.T @ (b.T @ u), dim=0, eps=_TINY)  # [in, 1]
+        norms.append(((b.T @ u) * (a @ v)).sum())
+    return torch.stack(norms)
 
 
 def guided(steered: torch.Tensor, plain: torch.Tensor, guidance: float) -> torch.Tensor:

@@ -97,6 +97,13 @@ def trainable(model: PeftModel, name: str) -> Iterator[list[torch.nn.Parameter]]
         freeze(model)
 
 
+def trained_factors(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A [rank, in] and B [out, rank] of every module whose adapter is trainable."""
+    trained = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    a, b = ([p for key, p in trained if part in key] for part in (".lora_A.", ".lora_B."))
+    return list(zip(a, b, strict=True))
+
+
 def adapter_weights(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """One adapter's factors by their names in a PEFT file, fp32 on the CPU."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

@@ -11,12 +11,15 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from steer_heal.losses import (
+    LEAST_NATS,
     Aggregate,
     Direction,
     aggregate,
+    auto_threshold,
     barrier,
     guided,
     row_divergence,
+    spectral_norms,
     token_kl,
 )
 
@@ -129,6 +132,72 @@ def test_barrier_is_zero_and_without_slope_below_the_threshold() -> None:
     value.backward()
     assert value.item() == 0
     assert divergence.grad is not None and divergence.grad.tolist() == [0.0, 0.0]
+
+
+# ------------------------------------------------------------------------- the threshold from data
+
+
+def test_the_automatic_threshold_is_half_of_the_median_of_the_rows_that_move() -> None:
+    moved = np.array([0.2, 0.9, 0.5, 0.1])
+    still = np.array([0.0, 1e-6, 5e-4])
+    expected = 0.5 * float(np.median(moved))
+    for rows in (moved, np.concatenate([still, moved, still])):
+        assert auto_threshold(torch.tensor(rows)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_automatic_threshold_scales_with_the_teacher() -> None:
+    rows = torch.rand(31, generator=torch.Generator().manual_seed(0)) + 0.1
+    assert auto_threshold(7 * rows) == pytest.approx(7 * auto_threshold(rows), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [[0.0, 0.0], [1e-6] * 5, [1.1e-3, 1.2e-3]])
+def test_where_the_teacher_stays_the_threshold_is_the_least(rows: list[float]) -> None:
+    assert auto_threshold(torch.tensor(rows)) == LEAST_NATS > 0
+
+
+# -------------------------------------------------------------------------------- the update's size
+
+
+def factors(seed: int, *shapes: tuple[int, int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A [rank, in] and B [out, rank] of modules of shapes (out, rank, in)."""
+    drawn = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(rank, width, generator=drawn), torch.randn(out, rank, generator=drawn))
+        for out, rank, width in shapes
+    ]
+
+
+def start(rank: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rank, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16])
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e4])
+def test_spectral_norms_are_the_largest_singular_values(rank: int, scale: float) -> None:
+    modules = [(a, scale * b) for a, b in factors(3, (40, rank, 64), (64, rank, 24), (8, rank, 8))]
+    exact = [float(torch.linalg.svdvals(b.double() @ a.double())[0]) for a, b in modules]
+    assert spectral_norms(modules, start(rank)).tolist() == pytest.approx(exact, rel=2e-3)
+
+
+def test_the_gradient_of_a_spectral_norm_is_that_of_the_singular_value() -> None:
+    a, b = (factor.requires_grad_(True) for factor in factors(5, (12, 3, 9))[0])
+    spectral_norms([(a, b)], start(3)).sum().backward()
+    slow_a, slow_b = (factor.detach().double().requires_grad_(True) for factor in (a, b))
+    torch.linalg.svdvals(slow_b @ slow_a)[0].backward()
+    for fast, slow in ((a, slow_a), (b, slow_b)):
+        assert fast.grad is not None and slow.grad is not None
+        torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=2e-2, atol=2e-2)
+
+
+def test_a_spectral_norm_and_its_gradient_are_0_at_b_0() -> None:
+    modules = [
+        (a.requires_grad_(True), torch.zeros_like(b).requires_grad_(True))
+        for a, b in factors(7, (12, 4, 9), (5, 4, 6))
+    ]
+    found = spectral_norms(modules, start(4))
+    found.sum().backward()
+    assert found.tolist() == [0, 0]
+    assert all(p.grad is not None and not p.grad.any() for pair in modules for p in pair)
 
 
 # ------------------------------------------------------------------------------------ the teacher
