@@ -232,7 +232,11 @@ class TrainStep(_Record):
     soft_nats: float  # mean over completion tokens of KL(steered teacher || student); 0: not asked
     kl_nats: float  # mean over rows of the row's aggregate divergence from the reference
     barrier_nats: float  # mean over rows of what exceeds the threshold
+    threshold_nats: float  # a row's divergence is free up to here; the same in a whole round
     share_over: float  # share of rows over the threshold, 0 to 1
+    barrier_gradient_ratio: float | None  # L2 norm of the weighted barrier's gradient over that of
+    # nll and soft targets, before clipping; 0: the barrier is off; None: on, but not measured
+    spectral_norm: float  # mean over modules of the update's largest singular value; 0: not asked
     grad_norm: float  # L2, before clipping
     learning_rate: float
 

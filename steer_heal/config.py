@@ -9,7 +9,7 @@ import re
 import textwrap
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, model_validator
 
 from eval.settings import (
     Device,
@@ -119,14 +119,20 @@ class HealConfig(Settings):
     """The teacher goes this many times as far as steering, in log-probability; 1 is steering."""
     barrier_weight: float = Field(0.3, ge=0)
     """Weight of the divergence barrier; 0 switches it off."""
-    barrier_threshold_nats: float = Field(0.5, ge=0)
-    """A row's divergence is free up to here, nats."""
+    barrier_decay: float = Field(0.0, ge=0)
+    """In round n the barrier's weight is divided by n to this power; 0: the same in all rounds."""
+    barrier_threshold_nats: Literal["auto"] | NonNegativeFloat = 0.5
+    """A row's divergence is free up to here, nats; auto: half of the teacher's own, by round."""
     barrier_aggregate: Literal["rmse", "mean", "p95", "max"] = "rmse"
     """How a row's per-token divergences become one figure."""
     barrier_direction: Literal["reverse", "forward"] = "reverse"
     """reverse: KL(student || reference); forward: KL(reference || student)."""
-    barrier_reference: Literal["previous", "base"] = "previous"
-    """What the student is held to: the student before this round, or the untouched base."""
+    barrier_reference: Literal["previous", "base", "last_good"] = "previous"
+    """Held to: the student before this round, the untouched base, or the last coherent round's."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decay of the adapter's weights, times the learning rate."""
+    spectral_weight: float = Field(0.0, ge=0)
+    """Weight of the largest singular value of the adapter's update, mean over its modules."""
 
 
 class EvaluateConfig(Settings):

@@ -1,6 +1,7 @@
 """Heal: a fresh LoRA trained on the kept completions, with a barrier on the divergence.
 
     loss = nll_weight * nll + soft_weight * soft + barrier_weight * mean_rows relu(D - threshold)
+         + spectral_weight * mean_modules sigma(alpha / rank * B A)
 
 nll: mean over completion tokens. soft: mean over completion tokens of KL(teacher || student):
 
@@ -9,20 +10,32 @@ nll: mean over completion tokens. soft: mean over completion tokens of KL(teache
 plain and steered being the student before this round without the vector and with it, at the dose
 that the completion was sampled with.
 D: a row's aggregate over its completion tokens of the full-vocabulary KL between student and
-reference, which is the student before this round or the untouched base, through the same modules
-with other adapters acting: no second model. So the incoherence that came with the steering is
-punished and the trait is not. Reverse KL to the previous student lets the trait accumulate over
-rounds; to the base it opposes what earlier rounds learnt.
+reference, through the same modules with other adapters acting: no second model. So the incoherence
+that came with the steering is punished and the trait is not. Reverse KL to the previous student
+lets the trait accumulate over rounds; to the base it opposes what earlier rounds learnt; to the
+last coherent round's student it is a ratchet: a round that broke is not what the next is held to.
 
-The learning rate falls from round to round, learning_rate * learning_rate_decay ** earlier rounds:
-there is less left to learn, and what a step does beside it adds up in the stack.
+threshold: a number, or `auto`, from how far the round's own teacher goes,
+
+    threshold = 1/2 * median over the kept rows of D(teacher), before the first step
+
+with the barrier's own aggregate, direction and reference, over the rows in which the teacher leaves
+the reference by more than 0.001 nats. A threshold above what the student reaches is no barrier at
+all, silently, and what it reaches differs by model, dose and round. Where no row does (a dose that
+walked down to 0) the threshold is 0.001 nats: the student is held where its teacher stays.
+
+sigma: the largest singular value; 0 by default, as is the decay of the weights.
+
+From round to round, the first being round 1, the learning rate falls as learning_rate *
+learning_rate_decay ** (round - 1): there is less left to learn, and what a step does beside it adds
+up in the stack. The barrier's weight falls as barrier_weight / round ** barrier_decay.
 """
 
 from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +49,7 @@ from trl import SFTConfig
 from eval.errors import UserError
 from steer_heal.artifacts import RoundAdapter, Screened, SteeringVector, TrainStep
 from steer_heal.config import HealConfig
+from steer_heal.losses import LEAST_NATS
 from steer_heal.model import Student
 from steer_heal.stack import (
     adapter_weights,
@@ -68,12 +82,15 @@ def heal(
     student: Student,
     kept: Screened,
     vector: SteeringVector,
+    reference: Sequence[str],
     config: HealConfig,
     name: str,
     seed: int,
 ) -> RoundAdapter:
     """Trains the adapter `name` on top of the student, which is left as it was.
 
+    Args:
+        reference: names of the earlier adapters that act in what the barrier holds the student to.
     Raises:
         UserError: the loss is not finite, or the adapter did not move.
     """
@@ -86,7 +103,7 @@ def heal(
     try:
         history = weights_digest(loaded.model, student.names)
         with trainable(loaded.model, name), only(loaded.model, [*student.names, name]):
-            steps = _train(student, kept, vector, config, name, seed)
+            steps = _train(student, kept, vector, reference, config, name, seed)
         if weights_digest(loaded.model, student.names) != history:
             raise AssertionError("training a round changed an adapter of an earlier round")
         weights = adapter_weights(loaded.model, name)
@@ -103,6 +120,7 @@ def _train(
     student: Student,
     kept: Screened,
     vector: SteeringVector,
+    reference: Sequence[str],
     config: HealConfig,
     name: str,
     seed: int,
@@ -122,19 +140,26 @@ def _train(
             data_collator=DoseCollator(student.tokenizer.pad_token_id),
             callbacks=[log],
             heal=config,
-            reference=student.names if config.barrier_reference == "previous" else [],
+            reference=reference,
             teacher=teacher,
         )
         trainer.remove_callback(PrinterCallback)
+        if config.barrier_threshold_nats == "auto" and trainer.threshold_nats <= LEAST_NATS:
+            logger.warning(
+                "heal: the teacher stays within {} nats of the reference (a dose of 0, or nearly), "
+                "and the barrier holds the student there, too",
+                LEAST_NATS,
+            )
         trained = {key for key, p in model.named_parameters() if p.requires_grad}
         assert trained and all(f".{name}." in key for key in trained), "history is trainable"
         trainer.train()
-    records = [record | row for record, row in zip(trainer.records, log.rows, strict=True)]
-    steps = tuple(TrainStep(step=step, **record) for step, record in enumerate(records))
+    records = zip(trainer.records, log.rows, strict=True)
+    steps = tuple(TrainStep(step=step, **rec, **row) for step, (rec, row) in enumerate(records))
     share = sum(step.share_over > 0 for step in steps) / len(steps)
     logger.info(
-        "heal: nll {:.3f} nats at the first step, {:.3f} at the last; barrier on in {:.0%} of {}",
-        *(steps[0].nll_nats, steps[-1].nll_nats, share, len(steps)),
+        "heal: nll {:.3f} nats at the first step, {:.3f} at the last; barrier at {:.3f} nats on in "
+        "{:.0%} of {}",
+        *(steps[0].nll_nats, steps[-1].nll_nats, trainer.threshold_nats, share, len(steps)),
     )
     return steps
 
@@ -150,7 +175,7 @@ def _arguments(
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_ratio,
         adam_beta2=0.95,  # 0.999 never warms up in a run of some tens of steps
-        weight_decay=0.0,
+        weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         max_length=None,
         remove_unused_columns=False,  # a row's dose travels with it

@@ -57,12 +57,14 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         )
         if round.index == 0:
             run.once(Controls, evaluate_controls, student, vector, kept, trait, evaluate, seed)
+        held = run.reference(config.heal.barrier_reference)
         adapter = round.once(
-            RoundAdapter, heal, student, kept, vector, config.heal, round.adapter_name, s("heal")
+            *(RoundAdapter, heal, student, kept, vector, held, config.heal),
+            *(round.adapter_name, s("heal")),
         )
         if round.index == 0 and evaluate.controls == "full":
             run.once(
-                *(Unbarred, _unbarred, student, kept, vector, config.heal, s("heal")),
+                *(Unbarred, _unbarred, student, kept, vector, held, config.heal, s("heal")),
                 *(trait, evaluate, seed),
             )
         healed = student.grown(adapter)
@@ -75,6 +77,7 @@ def _unbarred(
     student: Student,
     kept: Screened,
     vector: SteeringVector,
+    reference: list[str],
     config: HealConfig,
     heal_seed: int,
     trait: Trait,
@@ -83,5 +86,5 @@ def _unbarred(
 ) -> Unbarred:
     """The round healed once more, without the barrier; the adapter enters no stack."""
     bare = config.model_copy(update={"barrier_weight": 0.0})
-    adapter = heal(student, kept, vector, bare, "unbarred", heal_seed)
+    adapter = heal(student, kept, vector, reference, bare, "unbarred", heal_seed)
     return evaluate_unbarred(student, adapter, trait, evaluate, seed)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from loguru import logger
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -30,7 +30,8 @@ from eval.files import (
     write_json,
     write_text,
 )
-from steer_heal.artifacts import Controls, RoundAdapter
+from steer_heal.artifacts import Controls, Limits, RoundAdapter, RoundEval
+from steer_heal.gate import is_coherent
 
 RUN_FILE, STAGES_FILE, DONE_FILE = "run.json", "stages.json", "DONE"
 LOG_FILE = "log.txt"
@@ -214,6 +215,21 @@ class Run(Stages):
         for done in rounds:
             done.check()
         return [done.read(RoundAdapter) for done in rounds]
+
+    def reference(self, which: Literal["previous", "base", "last_good"]) -> list[str]:
+        """Names of the adapters that act in what the next round's student is held to.
+
+        last_good: those up to the last round that is coherent by its saved evaluation; a ratchet,
+        so that a round that broke is not what the next one is held to. None where none is.
+        """
+        rounds = self.done_rounds() if which != "base" else []
+        while which == "last_good" and rounds and not self._is_coherent(rounds[-1]):
+            rounds.pop()
+        return [done.adapter_name for done in rounds]
+
+    def _is_coherent(self, done: Round) -> bool:
+        healed, base = done.read(RoundEval).healed, self.read(Controls).base
+        return is_coherent(healed, base, self.read(Limits))
 
 
 def check_run(path: Path, description: dict[str, Any]) -> None:

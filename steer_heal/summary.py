@@ -4,9 +4,7 @@ Beside the figures of the conditions (saved.py):
 
     retention     trait shift healed / trait shift steered: near 1 healed, near 0 undone
     stretched     the replies' words over base's are off 1 by more than a tenth and than chance
-    coherent      every vignette can be scored, pmass >= 0.99 of base's, and the median tail
-                  surprisal of the replies at most the 95th percentile of the base's own unsteered
-                  completions
+    coherent      passes the gate (gate.py)
     best round    the largest trait shift among the coherent rounds
 
 Rounds are counted from 1 here, round 0 being the base; the folder of round 1 is round-00.
@@ -21,6 +19,7 @@ import numpy as np
 
 from eval.statistics import Interval
 from steer_heal.artifacts import TrainStep
+from steer_heal.gate import PMASS_GATE, TAIL_GATE, is_coherent
 from steer_heal.saved import (
     ConditionFigures,
     SavedRound,
@@ -29,7 +28,6 @@ from steer_heal.saved import (
     length_correlation,
 )
 
-PMASS_GATE = 0.99  # share of base's
 RETENTION_GATE = 0.3  # below: undone
 MUNDANE_DROP = 0.01  # a larger one is a loss; share of the tasks
 LENGTH_GATE = 0.1  # longer or shorter than base's by more: a confound. Prompts move it by 1 to 4 %
@@ -158,7 +156,7 @@ class Summary:
 def summarise(run: SavedRun) -> Summary:
     """Computes every number of the page from the saved rows."""
     controls, base, trait = run.controls, run.controls.base, run.trait
-    low, high = np.quantile(run.limits.base_tail_nll_nats, [0.05, 0.95])
+    low, high = np.quantile(run.limits.base_tail_nll_nats, [0.05, TAIL_GATE])
     rounds = []
     for number, saved in enumerate(run.rounds, start=1):
         rows = saved.evaluation
@@ -172,9 +170,7 @@ def summarise(run: SavedRun) -> Summary:
                 steered=steered,
                 healed=healed,
                 retention=healed.trait_shift / moved if moved > 0 else None,
-                is_coherent=not healed.unscorable
-                and healed.pmass_share >= PMASS_GATE
-                and healed.tail_median_nats <= high,
+                is_coherent=is_coherent(rows.healed, controls.base, run.limits),
             )
         )
     return Summary(

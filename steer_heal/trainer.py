@@ -24,8 +24,17 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from eval.errors import UserError
 from steer_heal.config import HealConfig
 from steer_heal.hooks import add_vector
-from steer_heal.losses import barrier, guided, row_divergence, token_kl
-from steer_heal.stack import only
+from steer_heal.losses import (
+    auto_threshold,
+    barrier,
+    guided,
+    row_divergence,
+    spectral_norms,
+    token_kl,
+)
+from steer_heal.stack import only, trained_factors
+
+_RATIO_EVERY = 8  # steps with the barrier on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +65,25 @@ class HealTrainer(SFTTrainer):
         self,
         *args: Any,
         heal: HealConfig,
-        reference: list[str],
+        reference: Sequence[str],
         teacher: Teacher,
         **kwargs: Any,
     ) -> None:
         self.heal = heal
-        self.reference = reference  # adapters that act in the reference
+        self.reference = list(reference)  # adapters that act in the reference
         self.teacher = teacher
-        self.records: list[dict[str, float]] = []  # one a micro-batch
+        num_earlier = len(teacher.adapters)
+        self.barrier_weight = heal.barrier_weight * (1 + num_earlier) ** -heal.barrier_decay
+        self.num_barred = 0  # steps with the barrier on
+        self.records: list[dict[str, float | None]] = []  # one a micro-batch
         super().__init__(*args, **kwargs)
+        self.factors = trained_factors(self.model)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self.start = torch.randn(heal.rank, generator=generator).to(self.args.device)
+        threshold = heal.barrier_threshold_nats
+        self.threshold_nats = (
+            auto_threshold(self._teacher_divergence()) if threshold == "auto" else threshold
+        )
 
     def compute_loss(
         self,
@@ -75,21 +94,29 @@ class HealTrainer(SFTTrainer):
     ) -> Any:
         """Legend: N completion tokens of the batch, V vocabulary, R rows."""
         heal = self.heal
-        labels = inputs["labels"][:, 1:]
-        mask = labels != -100  # [R, tokens - 1]
-        inner = self.accelerator.unwrap_model(self.model)
+        labels, mask = _targets(inputs)
         with self.accelerator.autocast():
             student = self._logits(model, inputs, mask)  # [N, V]
-            with torch.no_grad(), only(inner, self.reference):
-                reference = self._logits(model, inputs, mask)  # [N, V]
+        reference = self._reference_logits(model, inputs, mask)  # [N, V]
         tokens = num_items_in_batch if num_items_in_batch is not None else mask.sum()
         nll = F.cross_entropy(student, labels[mask], reduction="sum") / tokens
         soft = self._soft(model, inputs, mask, student, reference) / tokens
-        kl = token_kl(student, reference, heal.barrier_direction)  # [N]
-        divergence = row_divergence(kl, mask.sum(1).tolist(), heal.barrier_aggregate)  # [R]
-        over = barrier(divergence, heal.barrier_threshold_nats)
-        loss = heal.nll_weight * nll + heal.soft_weight * soft + heal.barrier_weight * over
-        self._record(loss, nll, soft, divergence, over)
+        divergence = self._divergence(student, reference, mask)  # [R]
+        over = barrier(divergence, self.threshold_nats)
+        spectral = self._spectral()
+        taught = heal.nll_weight * nll + heal.soft_weight * soft
+        barred = self.barrier_weight * over
+        loss = taught + barred + heal.spectral_weight * spectral
+        self._record(
+            loss=loss,
+            nll_nats=nll,
+            soft_nats=soft,
+            kl_nats=divergence.mean(),
+            barrier_nats=over,
+            share_over=(divergence > self.threshold_nats).float().mean(),
+            spectral_norm=spectral,
+        )
+        self.records[-1]["barrier_gradient_ratio"] = self._gradient_ratio(barred, taught)
         return (loss, None) if return_outputs else loss
 
     def _soft(
@@ -103,14 +130,62 @@ class HealTrainer(SFTTrainer):
         """Sum over completion tokens of KL(guided teacher || student), nats: []."""
         if self.heal.soft_weight == 0:
             return student.new_zeros(())
+        teacher = self._teacher_logits(model, inputs, mask, reference)
+        return token_kl(student, teacher, "forward").sum()
+
+    def _divergence(
+        self, student: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """A row's aggregate divergence, nats: [R]."""
+        kl = token_kl(student, reference, self.heal.barrier_direction)  # [N]
+        return row_divergence(kl, mask.sum(1).tolist(), self.heal.barrier_aggregate)
+
+    def _spectral(self) -> torch.Tensor:
+        """Mean over modules of the largest singular value of alpha / rank * B A: []."""
+        if self.heal.spectral_weight == 0:
+            return self.start.new_zeros(())
+        return self.heal.alpha / self.heal.rank * spectral_norms(self.factors, self.start).mean()
+
+    @torch.no_grad()
+    def _teacher_divergence(self) -> torch.Tensor:
+        """The divergence of a student that says what the teacher says: [kept rows]."""
+        dataset: Any = self.train_dataset
+        rows, size = list(dataset), self.args.train_batch_size
+        found = []
+        for start in range(0, len(rows), size):
+            inputs = self._prepare_inputs(self.data_collator(rows[start : start + size]))
+            _, mask = _targets(inputs)
+            reference = self._reference_logits(self.model, inputs, mask)
+            teacher = self._teacher_logits(self.model, inputs, mask, reference)
+            found.append(self._divergence(teacher, reference, mask))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _reference_logits(
+        self, model: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor
+    ) -> torch.Tensor:
+        """[N, V]."""
+        inner = self.accelerator.unwrap_model(self.model)
+        with only(inner, self.reference), self.accelerator.autocast():
+            return self._logits(model, inputs, mask)
+
+    @torch.no_grad()
+    def _teacher_logits(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        mask: torch.Tensor,
+        reference: torch.Tensor,
+    ) -> torch.Tensor:
+        """Of the guided teacher, each row at its own dose: [N, V]."""
         inner, teacher = self.accelerator.unwrap_model(self.model), self.teacher
         vector = add_vector(teacher.layers, teacher.directions, inputs["dose"])
-        with torch.no_grad(), only(inner, teacher.adapters), self.accelerator.autocast():
+        with only(inner, teacher.adapters), self.accelerator.autocast():
             known = self.reference == teacher.adapters
             plain = reference if known else self._logits(model, inputs, mask)  # [N, V]
             with vector:
                 steered = self._logits(model, inputs, mask)  # [N, V]
-        return token_kl(student, guided(steered, plain, self.heal.guidance), "forward").sum()
+        return guided(steered, plain, self.heal.guidance)
 
     def _logits(
         self, model: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor
@@ -126,31 +201,32 @@ class HealTrainer(SFTTrainer):
         inner = self.accelerator.unwrap_model(self.model).get_base_model()
         return project(inner, out.hidden_states[-1][:, :-1][mask]).float()
 
-    def _record(
-        self,
-        loss: torch.Tensor,
-        nll: torch.Tensor,
-        soft: torch.Tensor,
-        divergence: torch.Tensor,
-        over: torch.Tensor,
-    ) -> None:
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise UserError(
-                f"the heal loss is {value} at step {self.state.global_step}: try a smaller "
-                "heal.learning_rate"
-            )
-        threshold = self.heal.barrier_threshold_nats
-        self.records.append(
-            {
-                "loss": value,
-                "nll_nats": float(nll.detach()),
-                "soft_nats": float(soft.detach()),
-                "kl_nats": float(divergence.detach().mean()),
-                "barrier_nats": float(over.detach()),
-                "share_over": float((divergence.detach() > threshold).float().mean()),
-            }
+    def _gradient_ratio(self, barred: torch.Tensor, taught: torch.Tensor) -> float | None:
+        """L2 norm of the barrier's gradient over that of what is taught, both weighted.
+
+        In the first step with the barrier on and every eighth one after it: two more backward
+        passes take 0.7 of such a step's time on the embedded model.
+        """
+        if not float(barred.detach()):
+            return 0.0
+        self.num_barred += 1
+        if self.num_barred % _RATIO_EVERY != 1:
+            return None
+        parameters = [p for pair in self.factors for p in pair]
+        barrier_norm, taught_norm = (
+            _norm(torch.autograd.grad(part, parameters, retain_graph=True))
+            for part in (barred, taught)
         )
+        return barrier_norm / taught_norm if taught_norm else None
+
+    def _record(self, **values: torch.Tensor) -> None:
+        record = {key: float(value.detach()) for key, value in values.items()}
+        if not math.isfinite(record["loss"]):
+            raise UserError(
+                f"the heal loss is {record['loss']} at step {self.state.global_step}: try a "
+                "smaller heal.learning_rate"
+            )
+        self.records.append({**record, "threshold_nats": self.threshold_nats})
 
 
 class StepLog(TrainerCallback):
@@ -172,6 +248,16 @@ class StepLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "grad_norm" in logs:
             self.rows.append({key: float(logs[key]) for key in ("grad_norm", "learning_rate")})
+
+
+def _targets(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token that each position predicts, and where it is a completion's: [R, tokens - 1] both."""
+    labels = inputs["labels"][:, 1:]
+    return labels, labels != -100
+
+
+def _norm(gradients: Sequence[torch.Tensor]) -> float:
+    return float(torch.stack([gradient.norm() for gradient in gradients]).norm())
 
 
 def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,10 @@ STEP = TrainStep(
     soft_nats=0.7,
     kl_nats=0.1,
     barrier_nats=0.0,
+    threshold_nats=0.3,
     share_over=0.25,
+    barrier_gradient_ratio=None,
+    spectral_norm=0.0,
     grad_norm=1e-9,
     learning_rate=3e-4,
 )

@@ -53,6 +53,8 @@ def test_every_setting_is_listed_with_its_defaults_and_what_it_takes() -> None:
     assert listed["rounds"][0] == "3  (or N=3)"
     for key, takes in (
         ("heal.barrier_aggregate", "[rmse, mean, p95 or max]"),
+        ("heal.barrier_reference", "[previous, base or last_good]"),
+        ("heal.barrier_threshold_nats", "[auto or a number, at least 0]"),
         ("device", "[auto, cpu, cuda or mps]"),
         ("filter.quantile", "[a number, above 0.5, at most 1]"),
         ("heal.layers", "[two numbers, as A,B]"),
@@ -73,6 +75,8 @@ def test_every_setting_is_listed_with_its_defaults_and_what_it_takes() -> None:
         (["generate.doses=0.1"], "generate.doses", (0.1,)),
         (["vector.band=0,1"], "vector.band", (0.0, 1.0)),
         (["heal.barrier_aggregate=p95"], "heal.barrier_aggregate", "p95"),
+        (["heal.barrier_threshold_nats=auto"], "heal.barrier_threshold_nats", "auto"),
+        (["heal.barrier_threshold_nats=0"], "heal.barrier_threshold_nats", 0.0),
         (["pos=a=b", "neg=c"], "pos", "a=b"),
         (["run=mine"], "run", "mine"),
     ],
@@ -152,6 +156,10 @@ def test_unknown_setting_that_is_near_none_says_where_they_are_listed() -> None:
         ("generate.doses=0.1,x", ["generate.doses is '0.1,x': expected numbers with commas"]),
         ("generate.doses=", ["generate.doses is '': expected numbers with commas"]),
         ("generate.temperature=nan", ["generate.temperature is 'nan'", "finite"]),
+        ("heal.barrier_threshold_nats=car", ["is 'car': expected auto or a number, at least 0 (A"]),
+        ("heal.barrier_threshold_nats=-0.1", ["is '-0.1': expected auto or a number, at least 0"]),
+        ("heal.barrier_threshold_nats=nan", ["is 'nan': expected auto or a number, at least 0"]),
+        ("heal.barrier_threshold_nats=", ["is '': expected auto or a number, at least 0"]),
         ("heal.learning_rate=inf", ["heal.learning_rate is 'inf'", "finite"]),
         ("vector.band=0.6,0.4", ["vector.band is '0.6,0.4'", "the lower one first"]),
         ("heal.layers=2,5", ["heal.layers is '2,5'", "shares from 0 to 1"]),

@@ -22,6 +22,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "stack",
                 "hooks",
                 "rounds",
+                "gate",
                 "trait",
                 "model",
                 "scoring",

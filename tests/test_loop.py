@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import steer_heal.loop
+import steer_heal.rounds
 from eval.errors import UserError
 from eval.files import locked
 from eval.loading import weights_hash
@@ -24,10 +25,12 @@ from steer_heal.artifacts import (
     Unbarred,
 )
 from steer_heal.config import RunConfig, resolve_config
+from steer_heal.heal import heal
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import code_hash, run_path
 from steer_heal.model import load_student
 from steer_heal.rounds import Run
+from tests.processes import rewind
 from tests.small import small_settings
 from tests.tiny import tiny_model_folder
 
@@ -148,6 +151,36 @@ def _made(config: RunConfig, name: str, *settings: str) -> Run:
         changed = changed.model_copy(update={part: inner})
     run_rounds(changed, run_path(changed))
     return Run(run_path(changed), changed.seed)
+
+
+def test_a_round_is_held_to_the_last_coherent_one_after_a_restart_too(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round 2 broke, so round 3 is held to round 1; begun again half way, with the same bytes."""
+    references: list[list[str]] = []
+
+    def spied(*given: Any) -> RoundAdapter:
+        references.append(given[3])
+        return heal(*given)
+
+    verdicts: dict[str, bool] = {}  # by the saved evaluation
+    monkeypatch.setattr(steer_heal.loop, "heal", spied)
+    monkeypatch.setattr(
+        steer_heal.rounds,
+        "is_coherent",
+        lambda healed, base, limits: verdicts.setdefault(repr(healed.replies), not verdicts),
+    )
+    longer = config.model_copy(update={"rounds": 3})
+    run = _made(longer, "ratchet", 'heal.barrier_reference="last_good"')
+    assert references == [[], ["r00"], ["r00"]]
+    file = run.round(2).path / "adapter" / "adapter_model.safetensors"
+    before = file.read_bytes()
+    rewind(run.path, 2, "adapter")
+    again = _made(longer, "ratchet", 'heal.barrier_reference="last_good"')
+    assert file.read_bytes() == before
+    assert references[3:] == [["r00"]]
+    previous = _made(longer, "previous")
+    assert (previous.round(2).path / file.relative_to(again.round(2).path)).read_bytes() != before
 
 
 def test_unbarred_is_round_1_healed_without_the_barrier_and_is_in_no_stack(

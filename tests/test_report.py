@@ -482,6 +482,22 @@ def test_a_silent_barrier_is_named(report: Summary) -> None:
         assert ("The barrier never fired</b> in round 1" in page) is named
 
 
+def test_an_automatic_threshold_is_shown_as_each_round_had_it(report: Summary) -> None:
+    config = json.loads(json.dumps(report.run.description.config))
+    assert f"exceeds {config['heal']['barrier_threshold_nats']} nats by." in _page_of(report)
+    config["heal"]["barrier_threshold_nats"] = "auto"
+    description = report.run.description.model_copy(update={"config": config})
+    rounds = []
+    for round, nats_ in zip(report.rounds, (0.2125, 0.0128), strict=True):
+        changes = {"threshold_nats": nats_, "share_over": 0.0}
+        steps = tuple(step.model_copy(update=changes) for step in round.saved.steps)
+        rounds.append(replace(round, saved=replace(round.saved, steps=steps)))
+    run = replace(report.run, description=description)
+    page = _page_of(replace(report, run=run, rounds=tuple(rounds)))
+    assert "before each round (0.212 → 0.013)." in page or "(0.213 → 0.013)." in page
+    assert "auto nats" not in page and "no training step exceeded the round" in page
+
+
 def test_the_best_round_has_the_largest_shift_among_the_coherent(report: Summary) -> None:
     def made_of(*rounds: tuple[float, bool]) -> Summary:
         return replace(

@@ -12,9 +12,19 @@ from typing import Any
 import pytest
 from loguru import logger
 
+from eval.coherence import Surprisal
 from eval.errors import UserError
-from eval.files import write_json, write_text
-from steer_heal.artifacts import Limits, TextLimit, TextLimits
+from eval.files import NOT_AS_WRITTEN, write_json, write_text
+from eval.forced_choice import ForcedChoiceRow
+from steer_heal.artifacts import (
+    ConditionEval,
+    Controls,
+    Limits,
+    ReplyRow,
+    RoundEval,
+    TextLimit,
+    TextLimits,
+)
 from steer_heal.rounds import Run, Stages, check_run, open_run, read_run
 
 MADE = {
@@ -161,6 +171,78 @@ def test_rounds_are_done_without_a_gap(tmp_path: Path) -> None:
         assert [done.index for done in run.done_rounds()] == [0]
         assert [following.index for following in run.unfinished_rounds(4)] == [1, 2, 3]
         assert [round.adapter_name for round in run.done_rounds()] == ["r00"]
+
+
+def _condition(pmass: float, tail_nats: float, unscorable: int = 0) -> ConditionEval:
+    """A condition with two vignettes and three replies."""
+    surprisal = Surprisal(mean_nll_nats=0, tail_nll_nats=tail_nats, rmse_nll_nats=0)
+    choice = {"label": None, "conflict": False, "scores": {}, "prefill_nll_nats": 0}
+    reply = {"sample": 0, "text": "", "enactment_nats": 0, "enacted": True, "surprisal": surprisal}
+    return ConditionEval(
+        condition="",
+        dose=None,
+        choices=tuple(ForcedChoiceRow(id=each, pmass=pmass, **choice) for each in "ab"),
+        unscorable=("c",) * unscorable,
+        tasks=(),
+        replies=tuple(ReplyRow(prompt_index=index, **reply) for index in range(3)),
+        second_replies=(),
+        neutral=(),
+    )
+
+
+BASE = _condition(0.8, 1.0)
+WHOLE = _condition(0.8 * 0.995, 1.4)
+BROKEN = {  # what fails the gate by little
+    "pmass": _condition(0.8 * 0.985, 1.4),
+    "tail": _condition(0.8, 1.5),  # the 95th percentile of base's own is 1.45
+    "unscorable": _condition(0.8, 1.0, unscorable=1),
+}
+
+
+def _finished(folder: Path, *healed: ConditionEval) -> Run:
+    """A run with rounds that came to this."""
+    run = Run(folder, 0)
+    run.once(Limits, lambda: Limits(tail_nll_nats=1.0, **MADE))
+    controls = Controls(base=BASE, prompted=BASE, engineered=BASE, random=(BASE,))
+    run.once(Controls, lambda: controls)
+    for index, each in enumerate(healed):
+        evaluation = RoundEval(steered=BASE, healed=each, internalised=0.0)
+        round = run.round(index)
+        round.path.mkdir()
+        round.once(RoundEval, lambda made=evaluation: made)  # type: ignore[misc]
+        round.finish()
+    return Run(folder, 0)
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_the_last_good_reference_is_the_last_coherent_round(how: str, tmp_path: Path) -> None:
+    broken = BROKEN[how]
+    for index, (rounds, expected) in enumerate(
+        [
+            ([], []),
+            ([broken], []),
+            ([broken, broken], []),
+            ([WHOLE], ["r00"]),
+            ([WHOLE, broken], ["r00"]),
+            ([WHOLE, broken, broken], ["r00"]),
+            ([broken, WHOLE], ["r00", "r01"]),  # on top of the broken one
+            ([WHOLE, broken, WHOLE, broken], ["r00", "r01", "r02"]),
+        ]
+    ):
+        (tmp_path / str(index)).mkdir()
+        run = _finished(tmp_path / str(index), *rounds)
+        assert run.reference("last_good") == expected
+        assert run.reference("previous") == [f"r{n:02d}" for n in range(len(rounds))]
+        assert run.reference("base") == []
+
+
+def test_a_reference_is_read_from_checked_files(tmp_path: Path) -> None:
+    run = _finished(tmp_path, WHOLE, BROKEN["tail"])
+    file = tmp_path / "round-01" / "eval.json"
+    file.write_text(file.read_text().replace("1.5", "1.4"))
+    with pytest.raises(UserError, match=re.escape(NOT_AS_WRITTEN)):
+        run.reference("last_good")
+    assert run.reference("previous") == ["r00", "r01"]
 
 
 def test_the_time_to_go_leaves_out_what_comes_once(tmp_path: Path) -> None:
