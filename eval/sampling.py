@@ -1,35 +1,45 @@
-"""Batched sampling of replies, from token ids to token ids."""
+"""Batched sampling of replies, from token ids to token ids.
+
+Rows leave their batch soon after they end: transformers' `generate` decodes a segment, the rows
+that ended in it are taken out of the cache, and the others go on.
+
+A token is drawn by the inverse of its distribution's cumulative function. With u ~ U[0, 1) of its
+own for every row and step,
+
+    token[row, step] = the first t with  sum_{v <= t} p(v | row, step) > u[row, step]
+
+so that a draw depends on the seed, the row's index and the step alone, and not on the rows beside
+it. Two conditions that are sampled with one seed differ by what they say, not by their luck.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from torch.nn.functional import pad
+from transformers import GenerationConfig, LogitsProcessor
 
-from eval.batching import batches
+from eval.batching import Batch, batches
+
+_SEGMENT_TOKENS = 8
 
 # `generate` fills whatever is None from the model's own generation_config (Qwen2.5's has a
 # repetition penalty, a top-k and a nucleus), so each is set to the value at which it does nothing.
 _NEUTRAL: dict[str, Any] = {
+    "do_sample": False,  # of what `_Draw` leaves it, which is one token
     "num_beams": 1,
     "num_return_sequences": 1,
     "min_length": 0,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
-    "return_dict_in_generate": False,
-}
-_NEUTRAL_SAMPLING: dict[str, Any] = {
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
+    "use_cache": True,
+    "cache_implementation": "hybrid",  # `generate`'s name for no wish: a cache that can go on
+    "return_dict_in_generate": True,
 }
 
 
@@ -72,34 +82,91 @@ def sample_replies(
 
     Args:
         prompts: token ids up to the assistant tag, [prompts][tokens].
-        seed: 0 or more. The draw of a batch derives from it and from the batch's longest prompt's
-            index: the same seed, prompts and batch size give the same replies. The caller's
-            random state is left alone.
+        seed: 0 or more. The draws of a prompt derive from it and from the prompt's index, so that
+            they do not depend on the batch size (in fp32; in bf16 logits do, by rounding). The
+            caller's random state is neither read nor changed.
         forbidden: sequences of token ids that are not sampled. Where end-of-turn tokens are among
             them, a reply has exactly `max_new_tokens`.
-        around_batch: entered around each batch with the indices of its prompts, in batch order.
+        around_batch: entered around each segment of a batch with the indices of the prompts whose
+            replies go on, in batch order.
     """
     stops = stop_token_ids(model, tokenizer)
     generation = GenerationConfig(
-        do_sample=temperature > 0,
-        max_new_tokens=max_new_tokens,
         eos_token_id=stops,
         pad_token_id=stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **_NEUTRAL,
         **_without(forbidden),
-        **({"temperature": temperature, **_NEUTRAL_SAMPLING} if temperature > 0 else {}),
     )
-    replies: list[Reply | None] = [None] * len(prompts)
-    with torch.random.fork_rng(devices=_cuda_devices()), torch.inference_mode():
+    uniforms = _uniforms(seed, len(prompts), max_new_tokens)
+    replies: dict[int, Reply] = {}
+    with torch.inference_mode():
         for batch in batches(prompts, batch_size, tokenizer.pad_token_id, model.device, label):
-            torch.manual_seed(_batch_seed(seed, batch.rows[0]))
-            with around_batch(batch.rows):
-                inputs = {key: batch.inputs[key] for key in ("input_ids", "attention_mask")}
-                out = model.generate(**inputs, generation_config=generation)  # [batch, tokens]
-            new = out[:, inputs["input_ids"].shape[1] :].tolist()
-            for row, ids in zip(batch.rows, new, strict=True):
+            for row, ids in _decode(model, batch, generation, uniforms, temperature, around_batch):
                 replies[row] = _cut(ids, stops)
-    return [reply for reply in replies if reply is not None]
+    return [replies[row] for row in range(len(prompts))]
+
+
+def _decode(
+    model: Any,
+    batch: Batch,
+    generation: GenerationConfig,
+    uniforms: torch.Tensor,
+    temperature: float,
+    around_batch: Callable[[list[int]], AbstractContextManager],
+) -> Iterator[tuple[int, list[int]]]:
+    """Yields each row with its new token ids, in the segment in which it ended."""
+    rows, ids, mask = batch.rows, batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    width, longest = ids.shape[1], ids.shape[1] + uniforms.shape[1]  # of prompts, with replies
+    stops = torch.tensor(generation.eos_token_id, device=ids.device)
+    cache, segment = None, _SEGMENT_TOKENS
+    while rows:
+        generation.max_new_tokens = min(segment, longest - ids.shape[1])
+        with around_batch(rows):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=generation,
+                logits_processor=[_Draw(uniforms[rows], width, temperature)] if temperature else [],
+            )
+        ids, cache = out.sequences, out.past_key_values  # [rows, tokens]
+        mask = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        ended = torch.isin(ids[:, width:], stops).any(1) | (ids.shape[1] == longest)
+        for index in ended.nonzero().flatten().tolist():
+            yield rows[index], ids[index, width:].tolist()
+        going = (~ended).nonzero().flatten()
+        rows, ids, mask = [rows[index] for index in going.tolist()], ids[going], mask[going]
+        if cache is None:  # Mamba: what goes on is read again from its start, once
+            segment = uniforms.shape[1]
+        else:
+            cache.reorder_cache(going)
+
+
+class _Draw(LogitsProcessor):
+    """Draws each row's token from its scores and leaves no other one possible."""
+
+    def __init__(self, uniforms: torch.Tensor, prompt_width: int, temperature: float) -> None:
+        self.uniforms = uniforms  # [rows, steps]
+        self.prompt_width = prompt_width
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        uniform = self.uniforms[:, input_ids.shape[1] - self.prompt_width, None]  # [rows, 1]
+        probabilities = (scores / self.temperature).softmax(-1)  # [rows, vocab]
+        if scores.device.type == "mps":  # which has no fp64
+            probabilities = probabilities.cpu()
+        # in fp32 the sum over a large vocabulary would swallow the tail
+        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+        aimed = uniform.to(cumulative.device) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, aimed, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn.to(scores.device), 0.0)
+
+
+def _uniforms(seed: int, num_rows: int, num_steps: int) -> torch.Tensor:
+    """A stream in [0, 1) of its own for each row, fp64: [rows, steps]."""
+    streams = np.random.SeedSequence(seed).spawn(num_rows)
+    drawn = [np.random.default_rng(stream).random(num_steps) for stream in streams]
+    return torch.from_numpy(np.array(drawn))
 
 
 def _without(forbidden: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -119,13 +186,3 @@ def _cut(ids: list[int], stops: list[int]) -> Reply:
 
 def _as_list(value: Any) -> list[int]:
     return value if isinstance(value, list) else [value]
-
-
-def _batch_seed(seed: int, first_row: int) -> int:
-    """Mixes the two, so that no batch of one seed repeats the draw of a batch of another."""
-    return int(np.random.SeedSequence((seed, first_row)).generate_state(1)[0])
-
-
-def _cuda_devices() -> list[int]:
-    """Every GPU in use: `torch.manual_seed` seeds them all, so all must be put back."""
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -98,6 +98,22 @@ def test_dose_zero_is_the_student_unsteered(tiny: TinyModel, trait: Trait) -> No
     assert [row.kl_p95_nats for row in rows] == [0.0] * 8
 
 
+def test_a_completion_is_the_same_beside_other_doses_and_alone(
+    tiny: TinyModel, trait: Trait
+) -> None:
+    """Rows leave their batch as they end; those that go on keep their own doses."""
+    student, vector = steered(tiny, trait)
+    likely_to_stop(student)
+    together, alone = (
+        generate_steered(
+            student, vector, trait, CONFIG.model_copy(update={"batch_size": size}), seed=5
+        ).rows
+        for size in (24, 1)
+    )
+    assert [row.token_ids for row in together] == [row.token_ids for row in alone]
+    assert len({len(row.token_ids) for row in alone}) > 3
+
+
 def test_a_dose_changes_what_is_said(tiny_qwen3: TinyModel, trait: Trait) -> None:
     student, vector = steered(tiny_qwen3, trait)
     said = [

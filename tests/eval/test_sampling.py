@@ -1,16 +1,28 @@
+"""Replies are the model's own, one by one, whatever they are batched with."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from math import ceil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 
 from eval.chat import chat_ids
-from eval.sampling import Reply, sample_replies, stop_token_ids
+from eval.sampling import _SEGMENT_TOKENS, Reply, _Draw, sample_replies, stop_token_ids
 from tests.conftest import TinyModel
+from tests.tiny import FAMILIES, Family
 
 QUESTIONS = [
     "What is 12 plus 30?",
@@ -21,16 +33,58 @@ QUESTIONS = [
 ]
 
 
+@pytest.fixture(scope="module", params=[*FAMILIES, "qwen3.5", "mamba"])
+def decoder(request: pytest.FixtureRequest, tiny_models: dict[Family, TinyModel]) -> TinyModel:
+    """Every kind of cache: full and sliding attention, linear attention beside full, and none."""
+    if request.param in tiny_models:
+        return tiny_models[request.param]
+    tokenizer = tiny_models["qwen3"].tokenizer
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "initializer_range": 0.5,
+        "tie_word_embeddings": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    linear: dict[str, Any] = {
+        "layer_types": ["full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    widths = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "intermediate_size": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = (
+            MambaForCausalLM(MambaConfig(num_hidden_layers=2, **sizes))
+            if request.param == "mamba"
+            else Qwen3_5ForCausalLM(
+                Qwen3_5TextConfig(num_hidden_layers=2, **heads, **linear, **widths, **sizes)
+            )
+        )
+    return replace(tiny_models["qwen3"], model=model.eval())
+
+
 def _prompts(tiny: TinyModel) -> list[list[int]]:
     return [chat_ids(tiny.tokenizer, question) for question in QUESTIONS]
 
 
 @torch.no_grad()
-def _greedy(model: Any, prompt: list[int], num_tokens: int, stops: list[int]) -> list[int]:
+def _greedy(
+    model: Any,
+    prompt: list[int],
+    num_tokens: int,
+    stops: list[int],
+    forbidden: tuple[int, int] | None = None,
+) -> list[int]:
     """Greedy decoding of one row, the whole row again for every token: no cache, no padding."""
     ids = list(prompt)
     while len(ids) < len(prompt) + num_tokens:
-        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        if forbidden is not None and ids[-1] == forbidden[0]:
+            logits[forbidden[1]] = -torch.inf
+        ids.append(int(logits.argmax()))
         if ids[-1] in stops:
             break
     return ids[len(prompt) :]
@@ -46,22 +100,91 @@ def _generation_config(model: Any, **settings: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def test_batched_greedy_is_one_by_one_greedy(tiny: TinyModel) -> None:
-    prompts = _prompts(tiny)
-    stops = stop_token_ids(tiny.model, tiny.tokenizer)
-    expected = [_greedy(tiny.model, prompt, 12, stops) for prompt in prompts]
-    replies = sample_replies(
-        tiny.model,
-        tiny.tokenizer,
-        prompts,
-        seed=0,
-        max_new_tokens=12,
-        temperature=0.0,
-        batch_size=3,
-    )
+@contextmanager
+def _likely_to_stop(tiny: TinyModel) -> Iterator[None]:
+    """A random model hardly ever ends a reply: gives it forty tokens that do."""
+    with _generation_config(tiny.model, eos_token_id=list(range(60, 100))):
+        yield
+
+
+def test_batched_greedy_is_one_by_one_greedy(decoder: TinyModel) -> None:
+    """Replies of several segments, and of one."""
+    model, tokenizer, prompts = decoder.model, decoder.tokenizer, _prompts(decoder)
+    with _likely_to_stop(decoder):
+        stops = stop_token_ids(model, tokenizer)
+        expected = [_greedy(model, prompt, 20, stops) for prompt in prompts]
+        replies = sample_replies(
+            model, tokenizer, prompts, seed=0, max_new_tokens=20, temperature=0.0, batch_size=3
+        )
     assert [list(reply.token_ids) for reply in replies] == expected
     assert [reply.finished for reply in replies] == [ids[-1] in stops for ids in expected]
-    assert len({tuple(ids) for ids in expected}) == len(prompts)  # prompts do matter
+
+
+def test_greedy_is_generate_in_one_piece(decoder: TinyModel) -> None:
+    model, tokenizer, prompts = decoder.model, decoder.tokenizer, _prompts(decoder)
+    ends = [[token] for token in stop_token_ids(model, tokenizer)]
+    replies = sample_replies(
+        model,
+        tokenizer,
+        prompts,
+        seed=0,
+        max_new_tokens=20,
+        temperature=0.0,
+        forbidden=ends,
+    )
+    for prompt, reply in zip(prompts, replies, strict=True):
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=20,
+            suppress_tokens=[token for (token,) in ends],
+        )
+        assert list(reply.token_ids) == out[0, len(prompt) :].tolist()
+        assert len(reply.token_ids) == 20
+    assert len({reply.token_ids for reply in replies}) == len(prompts)  # prompts do matter
+
+
+def test_a_sequence_is_forbidden_across_the_border_of_two_segments(decoder: TinyModel) -> None:
+    prompts = _prompts(decoder)
+    border = _SEGMENT_TOKENS
+    for prompt in prompts:
+        free = _greedy(decoder.model, prompt, 2 * border, stops=[])
+        forbidden = (free[border - 1], free[border])
+        (reply,) = sample_replies(
+            decoder.model,
+            decoder.tokenizer,
+            [prompt],
+            seed=0,
+            max_new_tokens=2 * border,
+            temperature=0.0,
+            forbidden=[forbidden],
+        )
+        stops = stop_token_ids(decoder.model, decoder.tokenizer)
+        expected = _greedy(decoder.model, prompt, 2 * border, stops, forbidden)
+        assert list(reply.token_ids) == expected != free[: len(expected)]
+
+
+def test_replies_do_not_depend_on_the_batch(decoder: TinyModel) -> None:
+    prompts = _prompts(decoder) * 4
+
+    def replies(batch_size: int) -> list[Reply]:
+        return sample_replies(
+            decoder.model,
+            decoder.tokenizer,
+            prompts,
+            seed=3,
+            max_new_tokens=20,
+            batch_size=batch_size,
+        )
+
+    with _likely_to_stop(decoder):
+        alone = replies(1)
+        assert replies(7) == alone
+        assert replies(64) == alone
+    assert len({reply.token_ids for reply in alone}) > 10  # samples of one prompt differ
+    assert len({len(reply.token_ids) for reply in alone}) > 5
 
 
 def test_end_of_turn_is_kept_and_nothing_after_it(tiny: TinyModel) -> None:
@@ -128,13 +251,14 @@ def test_the_models_own_settings_are_not_used(tiny: TinyModel) -> None:
         repetition_penalty=3.0,
         no_repeat_ngram_size=2,
         min_length=500,
+        cache_implementation="static",
         return_dict_in_generate=True,
     ):
         assert [replies(0.0), replies(1.0)] == plain
     assert plain[0] != plain[1]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_draws_follow_the_models_distribution(tiny: TinyModel, temperature: float) -> None:
     prompt = chat_ids(tiny.tokenizer, "Hi.")
     with torch.no_grad():
@@ -159,6 +283,22 @@ def test_draws_follow_the_models_distribution(tiny: TinyModel, temperature: floa
     assert int((shares[unlikely] > 0).sum()) > 0
 
 
+def test_a_draw_inverts_the_cumulative_distribution() -> None:
+    """Uniforms on a grid: every token is drawn as often as its probability says, but for one."""
+    count = 20_000
+    logits = 3 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    logits[[0, 500, 999]] = -torch.inf
+    grid = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count  # [rows, steps]
+    scores = _Draw(grid, prompt_width=4, temperature=0.7)(
+        torch.zeros(count, 4, dtype=torch.long), logits.expand(count, -1)
+    )
+    drawn = scores.argmax(-1).bincount(minlength=1000)
+    expected = count * (logits.double() / 0.7).softmax(-1)
+    assert float((drawn - expected).abs().max()) < 1.01
+    assert drawn[[0, 500, 999]].tolist() == [0, 0, 0]
+    assert (scores > -torch.inf).sum(-1).tolist() == [1] * count
+
+
 def test_a_seed_gives_the_same_replies_again(tiny: TinyModel) -> None:
     prompts = _prompts(tiny)
 
@@ -173,28 +313,64 @@ def test_a_seed_gives_the_same_replies_again(tiny: TinyModel) -> None:
     assert replies(4) != first
 
 
-def test_no_batch_repeats_the_draw_of_another_seeds_batch(tiny_qwen3: TinyModel) -> None:
-    prompts = [chat_ids(tiny_qwen3.tokenizer, "Hi.")] * 4
+def test_no_row_repeats_the_draws_of_another_or_of_another_seed(tiny_qwen3: TinyModel) -> None:
+    prompts = [chat_ids(tiny_qwen3.tokenizer, "Hi.")] * 8
+    drawn = [
+        reply.token_ids
+        for seed in range(4)
+        for reply in sample_replies(
+            tiny_qwen3.model, tiny_qwen3.tokenizer, prompts, seed=seed, max_new_tokens=10
+        )
+    ]
+    assert len(set(drawn)) == len(drawn)
 
-    def replies(seed: int) -> list[Reply]:
-        return sample_replies(
+
+def test_more_tokens_go_on_where_fewer_ended(tiny_qwen3: TinyModel) -> None:
+    short, long = (
+        sample_replies(
             tiny_qwen3.model,
             tiny_qwen3.tokenizer,
-            prompts,
-            seed=seed,
-            max_new_tokens=10,
-            batch_size=1,
+            _prompts(tiny_qwen3),
+            seed=0,
+            max_new_tokens=count,
         )
-
-    drawn = {reply.token_ids for seed in range(4) for reply in replies(seed)}
-    assert len(drawn) == 16
+        for count in (6, 20)
+    )
+    assert [reply.token_ids for reply in short] == [reply.token_ids[:6] for reply in long]
 
 
 def test_the_callers_random_state_is_left_alone(tiny: TinyModel) -> None:
     torch.manual_seed(99)
-    before = torch.get_rng_state()
+    np.random.seed(99)
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1]
     sample_replies(tiny.model, tiny.tokenizer, _prompts(tiny), seed=0, max_new_tokens=4)
     assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], before_numpy)
+
+
+def test_around_batch_sees_the_rows_that_go_on(tiny: TinyModel) -> None:
+    prompts = _prompts(tiny) * 4
+    entered: list[list[int]] = []
+
+    @contextmanager
+    def note(rows: list[int]) -> Iterator[None]:
+        entered.append(rows)
+        yield
+
+    with _likely_to_stop(tiny):
+        replies = sample_replies(
+            tiny.model,
+            tiny.tokenizer,
+            prompts,
+            seed=3,
+            max_new_tokens=20,
+            batch_size=7,
+            around_batch=note,
+        )
+    segments = [ceil(len(reply.token_ids) / _SEGMENT_TOKENS) for reply in replies]
+    assert {1, 3} <= set(segments)
+    times = [sum(row in rows for rows in entered) for row in range(len(prompts))]
+    assert times == segments
 
 
 def test_around_batch_is_entered_with_the_batch_in_hand(tiny: TinyModel) -> None:
@@ -205,7 +381,7 @@ def test_around_batch_is_entered_with_the_batch_in_hand(tiny: TinyModel) -> None
 
     @contextmanager
     def spell_row_numbers(rows: list[int]) -> Iterator[None]:
-        seen.extend(rows)
+        seen.extend(row for row in rows if row not in seen)
 
         def force(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
             logits = logits.clone()  # [batch, tokens, vocab]
