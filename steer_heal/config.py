@@ -163,6 +163,8 @@ class RunConfig(Settings):
 
     rounds: int = Field(3, ge=1)
     """Rounds in all; more on a finished run goes on from its last one."""
+    patience: int = Field(2, ge=0)
+    """Rounds in a row without gain over the best coherent one that end a run before N; 0: never."""
     model: str = ORGANISM
     """The embedded model, a local folder, or a hub id (id@revision for one revision)."""
     trait: str = "care-over-authority-organism"

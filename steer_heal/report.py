@@ -14,13 +14,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from loguru import logger
 
 from eval.files import write_bytes, write_text
-from eval.statistics import Interval
 from eval.summary import fixed
 from steer_heal.artifacts import ReplyRow
 from steer_heal.config import resolve_config
 from steer_heal.figures import LAYOUTS, THEMES, Drift, FoundationDrift, draw_drift
+from steer_heal.gate import PMASS_GATE
+from steer_heal.guards import RETENTION_GATE, Alarm, alarms
 from steer_heal.saved import SavedRun, read_saved_run
-from steer_heal.summary import PMASS_GATE, RETENTION_GATE, Summary, summarise
+from steer_heal.summary import Summary, summarise
+from steer_heal.watch import early_stop
+from steer_heal.wording import bounds, nats, percent, percent_bounds, plain_bounds, visible
 
 PAGE_FILE, PLOT_FILE = "report.html", "drift.png"
 TEMPLATES_FOLDER = Path(__file__).parent / "templates"
@@ -107,6 +110,8 @@ def render_page(report: Summary, plots: Mapping[str, bytes]) -> str:
         command=command_of(report.run.description.config),
         settings=list(_flat(report.run.description.config)),
         retention_gate=RETENTION_GATE,
+        warnings=[list(found) for _, found in itertools.groupby(alarms(report), _name)],
+        done=early_stop(report),
     )
 
 
@@ -157,40 +162,8 @@ def terminal_summary(report: Summary) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------- wording
-
-
-def percent(share: float) -> str:
-    """A share as `97.3 %`."""
-    return f"{100 * share:.1f} %"
-
-
-def percent_bounds(interval: Interval) -> str:
-    """The ends of an interval of shares, as `[95.1, 98.8]`."""
-    return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
-def nats(value: float, sign: bool = True) -> str:
-    """A number of nats as `+0.42`, with a minus that is as wide as the plus."""
-    return fixed(value, 2, sign).replace("-", "−")
-
-
-def bounds(interval: Interval) -> str:
-    """The ends of an interval of nats, as `[+0.31, +0.55]`."""
-    return f"[{nats(interval.low)}, {nats(interval.high)}]"
-
-
-def plain_bounds(interval: Interval, digits: int = 2) -> str:
-    """The ends of an interval of ratios, as `[0.91, 1.02]`."""
-    return f"[{fixed(interval.low, digits)}, {fixed(interval.high, digits)}]"
-
-
-def visible(text: str) -> str:
-    """Control characters, which no page can show, as their pictures."""
-    return "".join(
-        chr(0x2400 + ord(letter)) if ord(letter) < 32 and letter not in "\n\t" else letter
-        for letter in text
-    )
+def _name(alarm: Alarm) -> str:
+    return alarm.name
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -192,21 +192,32 @@ class Run(Stages):
             rounds.append(following)
         return rounds
 
-    def unfinished_rounds(self, total: int) -> Iterator[Round]:
-        """The rounds that remain of `total`, the one that was begun first."""
-        first = len(self.done_rounds())
-        if first >= total:
-            logger.info("{} is done: {} rounds; N={} goes further", self.label, first, first + 1)
+    def unfinished_rounds(self, total: int, why_stop: Callable[[], str | None]) -> Iterator[Round]:
+        """The rounds that remain of `total`, the one that was begun first.
+
+        Args:
+            why_stop: asked before each of them, from the files of those that are done; an answer
+                ends the run.
+        """
+        first, reason = len(self.done_rounds()), why_stop()
         start, before = time.monotonic(), self.spent_s
         for index in range(first, total):
+            if reason is not None:
+                break
             following = self.round(index)
             with disk_errors(self.path):
                 following.path.mkdir(parents=True, exist_ok=True)
             yield following
+            reason = why_stop()
             once_s = self.spent_s - before  # the run's own stages do not come again
             taken = (time.monotonic() - start - once_s) / (index + 1 - first)
-            left = f", about {taken * (total - 1 - index):.0f} s to go" if index + 1 < total else ""
+            left_s = taken * (total - 1 - index) if reason is None else 0.0
+            left = f", about {left_s:.0f} s to go" if left_s else ""
             logger.info("{} of {} rounds done, {:.0f} s each{}", index + 1, total, taken, left)
+        if reason is not None or first >= total:
+            num_done = len(self.done_rounds())
+            further = reason or f"N={num_done + 1} goes further"
+            logger.info("{} is done: {} rounds; {}", self.label, num_done, further)
 
     def last_stack(self) -> list[RoundAdapter]:
         """The adapters of the finished rounds, all of whose files are as they were written."""
@@ -248,7 +259,8 @@ def open_run(path: Path, seed: int, description: dict[str, Any]) -> Iterator[Run
     """Opens a run for work: creates it, or goes on with it; no other process can meanwhile.
 
     Args:
-        description: what run.json says; its "config" must be the run's own, but for `rounds`.
+        description: what run.json says; its "config" must be the run's own, but for what says how
+            far to go.
     Raises:
         UserError: another process holds it, it was begun with another config, or it cannot be
             written.
@@ -338,7 +350,7 @@ def _require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> No
 
 def _changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings that may not change in a run that was begun, as `heal.rank: 2 -> 3`."""
-    free = ("rounds", "folder", "device")
+    free = ("rounds", "patience", "folder", "device")
     return [
         f"{key}: {_short(old)} -> {_short(new)}"
         for key, old, new in _differences(before["config"], now["config"])

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from eval.coherence import text_figures
+from eval.coherence import TextFigures, text_figures
 from eval.errors import UserError
 from eval.figures import flip_rate, selectivity
 from eval.neutral import perplexity_ratio
@@ -205,7 +206,7 @@ def condition_figures(
 def _coherence(rows: ConditionEval, base: ConditionEval) -> CoherenceFigures:
     first = [reply.surprisal for reply in rows.replies]
     second = rows.second_replies
-    repeated = [text_figures(reply.text).word_repetition for reply in rows.replies]
+    repeated = [_text_figures(reply.text).word_repetition for reply in rows.replies]
     return CoherenceFigures(
         perplexity=_spread([math.exp(each.mean_nll_nats) for each in first]),
         rmse_nats=_spread([each.rmse_nll_nats for each in first]),
@@ -227,18 +228,24 @@ def length_correlation(replies: Sequence[ReplyRow]) -> Interval | None:
     """
     return rank_correlation(
         [_words(reply) for reply in replies],
-        enactments_nats(replies),
+        [enactment_nats(reply) for reply in replies],
         [str(reply.prompt_index) for reply in replies],
     )
 
 
-def enactments_nats(replies: Sequence[ReplyRow]) -> list[float]:
-    """Enactment of replies that have one, as base's do, nats a token."""
-    return [reply.enactment_nats for reply in replies if reply.enactment_nats is not None]
+def enactment_nats(reply: ReplyRow) -> float:
+    """The enactment of one of base's replies, nats a token; others may have none."""
+    assert reply.enactment_nats is not None
+    return reply.enactment_nats
 
 
 def _words(reply: ReplyRow) -> float:
-    return float(text_figures(reply.text).words)
+    return float(_text_figures(reply.text).words)
+
+
+@lru_cache(maxsize=65536)  # a reply is looked at for several figures, base's by every condition
+def _text_figures(text: str) -> TextFigures:
+    return text_figures(text)
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -3,9 +3,9 @@
 Beside the figures of the conditions (saved.py):
 
     retention     trait shift healed / trait shift steered: near 1 healed, near 0 undone
-    stretched     the replies' words over base's are off 1 by more than a tenth and than chance
     coherent      passes the gate (gate.py)
-    best round    the largest trait shift among the coherent rounds
+    best round    the largest trait shift among the coherent rounds, the first of equal ones
+    cosine        of a round's vector with the first round's, their steered layers put end to end
 
 Rounds are counted from 1 here, round 0 being the base; the folder of round 1 is round-00.
 """
@@ -16,21 +16,21 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+from torch.nn.functional import cosine_similarity
 
-from eval.statistics import Interval
-from steer_heal.artifacts import TrainStep
-from steer_heal.gate import PMASS_GATE, TAIL_GATE, is_coherent
+from eval.statistics import Interval, mean_interval
+from steer_heal.artifacts import SteeringVector, TrainStep
+from steer_heal.gate import TAIL_GATE, is_coherent
 from steer_heal.saved import (
     ConditionFigures,
     SavedRound,
     SavedRun,
     condition_figures,
+    enactment_nats,
     length_correlation,
+    prompt_means,
 )
 
-RETENTION_GATE = 0.3  # below: undone
-MUNDANE_DROP = 0.01  # a larger one is a loss; share of the tasks
-LENGTH_GATE = 0.1  # longer or shorter than base's by more: a confound. Prompts move it by 1 to 4 %
 UNBARRED = "round 1, no barrier"
 
 
@@ -44,12 +44,18 @@ class RoundFigures:
     healed: ConditionFigures
     retention: float | None  # None: steering moved nothing, or the wrong way
     is_coherent: bool
+    vector_cosine: float  # with round 1's vector, over the steered layers, -1 to 1
 
     @property
     def share_fired(self) -> float:
         """Share of the training steps with the barrier on, 0 to 1."""
         steps = self.saved.steps
         return sum(step.share_over > 0 for step in steps) / len(steps)
+
+    @property
+    def kept_enactment_nats(self) -> float:
+        """Enactment of the kept completions, on average, nats a token."""
+        return float(np.mean([row.enactment_nats for row in self.saved.screened.kept]))
 
     @property
     def early(self) -> tuple[TrainStep, ...]:
@@ -81,6 +87,7 @@ class Summary:
     tail_low_nats: float  # 5th percentile of the base's own completions
     tail_high_nats: float  # 95th
     second_tail_high_nats: float  # 95th percentile of base's second replies
+    base_enactment_nats: Interval  # of base's replies, a token
     length_correlation: Interval | None  # of base's replies with their enactment, -1 to 1
 
     @property
@@ -101,56 +108,9 @@ class Summary:
         return max(coherent, key=lambda round: round.healed.trait_shift, default=None)
 
     @property
-    def silent(self) -> list[RoundFigures]:
-        """Rounds whose barrier never fired."""
-        return [r for r in self.rounds if r.share_fired == 0]
-
-    @property
-    def incoherent(self) -> list[RoundFigures]:
-        """Rounds that lost the answer format."""
-        return [r for r in self.rounds if r.healed.pmass_share < PMASS_GATE]
-
-    @property
-    def unreadable(self) -> list[RoundFigures]:
-        """Rounds in which vignettes were left out, their log-probabilities not being finite."""
-        return [r for r in self.rounds if r.healed.unscorable]
-
-    @property
-    def dear(self) -> list[RoundFigures]:
-        """Rounds whose replies the base finds more surprising than nearly all of its own."""
-        return [r for r in self.rounds if r.healed.tail_median_nats > self.tail_high_nats]
-
-    @property
-    def late(self) -> list[RoundFigures]:
-        """Rounds whose second replies the base finds more surprising than nearly all of its own."""
-        high = self.second_tail_high_nats
-        return [r for r in self.rounds if r.healed.coherence.second_tail_nats.median > high]
-
-    @property
-    def stretched(self) -> list[RoundFigures]:
-        """Rounds whose replies differ from base's in length, by more than a tenth and chance."""
-        ratios = [(r, r.healed.coherence.length_ratio) for r in self.rounds]
-        return [
-            r
-            for r, ratio in ratios
-            if abs(ratio.estimate - 1) > LENGTH_GATE and not ratio.low <= 1 <= ratio.high
-        ]
-
-    @property
-    def unmoved(self) -> list[RoundFigures]:
-        """Rounds in which steering itself did not move the trait."""
-        return [r for r in self.rounds if r.retention is None]
-
-    @property
-    def undone(self) -> list[RoundFigures]:
-        """Rounds that kept little of what steering moved."""
-        return [r for r in self.rounds if r.retention is not None and r.retention < RETENTION_GATE]
-
-    @property
-    def duller(self) -> list[RoundFigures]:
-        """Rounds that lost mundane tasks."""
-        floor = self.base.mundane - MUNDANE_DROP - 1e-9  # one point itself is no loss
-        return [r for r in self.rounds if r.healed.mundane < floor]
+    def rounds_without_gain(self) -> int:
+        """Rounds after the best one; after the first while none is coherent."""
+        return len(self.rounds) - (self.best.number if self.best else 1)
 
 
 def summarise(run: SavedRun) -> Summary:
@@ -171,6 +131,7 @@ def summarise(run: SavedRun) -> Summary:
                 healed=healed,
                 retention=healed.trait_shift / moved if moved > 0 else None,
                 is_coherent=is_coherent(rows.healed, controls.base, run.limits),
+                vector_cosine=_cosine(saved.vector, run.rounds[0].vector),
             )
         )
     return Summary(
@@ -191,5 +152,11 @@ def summarise(run: SavedRun) -> Summary:
         second_tail_high_nats=float(
             np.quantile([reply.surprisal.tail_nll_nats for reply in base.second_replies], 0.95)
         ),
+        base_enactment_nats=mean_interval(prompt_means(base.replies, enactment_nats)),
         length_correlation=length_correlation(base.replies),
     )
+
+
+def _cosine(vector: SteeringVector, other: SteeringVector) -> float:
+    one, two = (each.band_directions.double().flatten() for each in (vector, other))
+    return float(cosine_similarity(one, two, dim=0))

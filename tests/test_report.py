@@ -40,21 +40,11 @@ from steer_heal.figures import (
 )
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import run_path
-from steer_heal.report import (
-    bounds,
-    command_of,
-    diary_of,
-    drift_of,
-    nats,
-    percent,
-    plain_bounds,
-    render_page,
-    visible,
-    write_report,
-)
+from steer_heal.report import command_of, diary_of, drift_of, render_page, write_report
 from steer_heal.rounds import Run
-from steer_heal.saved import Spread, condition_figures, length_correlation, read_saved_run
+from steer_heal.saved import condition_figures, length_correlation, read_saved_run
 from steer_heal.summary import Summary, summarise
+from steer_heal.wording import bounds, nats, percent, plain_bounds, visible
 from tests.small import FOUNDATIONS, small_settings
 from tests.tiny import tiny_model_folder
 
@@ -260,33 +250,14 @@ def _mean_words(rows: dict[str, Any]) -> float:
     )
 
 
-@pytest.mark.parametrize(
-    ("ratio", "warned"),
-    [
-        ((1.2, 1.1, 1.3), True),
-        ((0.8, 0.7, 0.95), True),
-        ((1.2, 0.99, 1.4), False),  # by chance
-        ((1.09, 1.05, 1.13), False),  # by less than a tenth
-    ],
-)
-def test_a_length_confound_is_named_with_what_length_has_to_do_with_enactment(
-    ratio: tuple[float, float, float], warned: bool, report: Summary
-) -> None:
-    estimate, low, high = ratio
-    given = Interval(estimate=estimate, low=low, high=high)
-    only = replace(report, rounds=report.rounds[:1])
-    text = replace(only.rounds[0].healed.coherence, length_ratio=given)
-    page = _page_of(_with_round(only, healed_coherence=text))
-    assert ("Length confound</b> in round 1" in page) is warned
-    if warned:
-        assert f"{estimate:.2f} [{low:.2f}, {high:.2f}] times the words of base" in page
+def test_what_length_has_to_do_with_enactment_is_said(report: Summary) -> None:
     for correlation, words in (
         (None, "never varies"),
         (Interval(estimate=0.5, low=0.2, high=0.7), "longer ones carry more of the trait"),
         (Interval(estimate=-0.5, low=-0.7, high=-0.2), "longer ones carry less of the trait"),
         (Interval(estimate=0.1, low=-0.2, high=0.4), "no link of length with enactment"),
     ):
-        said = _page_of(_with_round(replace(only, length_correlation=correlation)))
+        said = _page_of(replace(report, length_correlation=correlation))
         assert words in said.replace("\n", " ")
 
 
@@ -305,19 +276,6 @@ def test_length_goes_with_enactment_as_their_ranks_do(report: Summary) -> None:
     assert told((3, 0.1), (5, 0.2), (9, 0.3), (20, 9.0)).estimate == pytest.approx(1)
     assert told((3, 0.3), (5, 0.2), (9, 0.1), (20, -9)).estimate == pytest.approx(-1)
     assert told((3, 0.3), (3, 0.2), (3, 0.1)) is None
-
-
-def test_second_replies_that_drift_off_are_named(made: Path, report: Summary) -> None:
-    base = json.loads((made / "base.json").read_text())
-    tails = [reply["surprisal"]["tail_nll_nats"] for reply in base["second_replies"]]
-    high = float(np.quantile(tails, 0.95))
-    assert report.second_tail_high_nats == pytest.approx(high)
-    only = replace(report, rounds=report.rounds[:1])
-    for median, warned in ((high + 0.01, True), (high - 0.01, False)):
-        spread = Spread(median=median, p90=median)
-        text = replace(only.rounds[0].healed.coherence, second_tail_nats=spread)
-        page = _page_of(_with_round(only, healed_coherence=text))
-        assert ("Second replies drift off</b> in round 1" in page) is warned
 
 
 def test_neutral_text_that_cannot_be_scored_is_said(report: Summary) -> None:
@@ -369,7 +327,8 @@ def test_doses_drops_and_training_are_those_of_the_files(
         assert line[1] == str(len(steps))
         assert len(steps) == 4  # so a quarter is one step
         assert line[2] == f"{steps[0]['nll_nats']:.2f} → {steps[-1]['nll_nats']:.2f}"
-        assert line[3] == f"{steps[0]['soft_nats']:.3f} → {steps[-1]['soft_nats']:.3f}"
+        soft = [abs(round(steps[end]["soft_nats"], 3)) for end in (0, -1)]  # no -0.000
+        assert line[3] == f"{soft[0]:.3f} → {soft[1]:.3f}"
         assert line[4] == f"{steps[-1]['kl_nats']:.3f}"
         fired = sum(step["share_over"] > 0 for step in steps) / len(steps)
         assert line[6] == ("never fired" if fired == 0 else percent(fired))
@@ -430,26 +389,6 @@ def _page_of(report: Summary) -> str:
     return render_page(report, {f"{layout}_{t}": b"" for layout in LAYOUTS for t in THEMES})
 
 
-@pytest.mark.parametrize(
-    ("changes", "warning"),
-    [
-        ({"healed_pmass_share": 0.98}, "Coherence lost</b> in round 1"),
-        ({"healed_unscorable": 2}, "Vignettes cannot be scored</b> in round 1"),
-        ({"healed_mundane": -0.02}, "Mundane tasks lost</b> in round 1"),
-        ({"retention": 0.29}, "Trait undone by healing</b> in round 1"),
-        ({"retention": None}, "Steering moved nothing</b> in round 1"),
-        ({"healed_tail_median_nats": 99.0}, "Replies drift off</b> in round 1"),
-    ],
-)
-def test_what_went_wrong_is_named_at_the_top(
-    report: Summary, changes: dict[str, Any], warning: str
-) -> None:
-    fine = _with_round(report, retention=0.5, healed_pmass_share=1.0, healed_tail_median_nats=0.0)
-    fine = replace(fine, rounds=(fine.rounds[0],), base=replace(fine.base, mundane=0.0))
-    assert warning not in _page_of(fine)
-    assert warning in _page_of(_with_round(fine, **changes))
-
-
 def test_a_vignette_that_one_side_cannot_score_is_left_out_of_both(made: Path) -> None:
     run = read_saved_run(made)
     base, healed = run.controls.base, run.rounds[0].evaluation.healed
@@ -467,21 +406,6 @@ def test_a_vignette_that_one_side_cannot_score_is_left_out_of_both(made: Path) -
     assert found.shifts != condition_figures("healed", healed, base, run.trait).shifts
 
 
-def test_one_point_fewer_mundane_tasks_is_no_loss(report: Summary) -> None:
-    based = replace(report, base=replace(report.base, mundane=0.98), rounds=report.rounds[:1])
-    assert not _with_round(based, healed_mundane=0.97).duller
-    assert _with_round(based, healed_mundane=0.969).duller
-
-
-def test_a_silent_barrier_is_named(report: Summary) -> None:
-    first = report.rounds[0]
-    for share, named in ((0.0, True), (0.5, False)):
-        steps = tuple(step.model_copy(update={"share_over": share}) for step in first.saved.steps)
-        changed = replace(first, saved=replace(first.saved, steps=steps))
-        page = _page_of(replace(report, rounds=(changed,)))
-        assert ("The barrier never fired</b> in round 1" in page) is named
-
-
 def test_an_automatic_threshold_is_shown_as_each_round_had_it(report: Summary) -> None:
     config = json.loads(json.dumps(report.run.description.config))
     assert f"exceeds {config['heal']['barrier_threshold_nats']} nats by." in _page_of(report)
@@ -495,7 +419,7 @@ def test_an_automatic_threshold_is_shown_as_each_round_had_it(report: Summary) -
     run = replace(report.run, description=description)
     page = _page_of(replace(report, run=run, rounds=tuple(rounds)))
     assert "before each round (0.212 → 0.013)." in page or "(0.213 → 0.013)." in page
-    assert "auto nats" not in page and "no training step exceeded the round" in page
+    assert "auto nats" not in page and "round 1: highest step" in page and "threshold 0.2" in page
 
 
 def test_the_best_round_has_the_largest_shift_among_the_coherent(report: Summary) -> None:

@@ -66,8 +66,17 @@ def careful_umask() -> Iterator[None]:
 
 
 def _description(**config: Any) -> dict[str, Any]:
-    settings = {"rounds": 2, "folder": "rounds", "heal": {"rank": 2, "alpha": 4}} | config
+    settings = {
+        "rounds": 2,
+        "patience": 2,
+        "folder": "rounds",
+        "heal": {"rank": 2, "alpha": 4},
+    } | config
     return {"config": settings, "model": "abc", "code": "c", "trait": {"name": "t"}, "suites": "s"}
+
+
+def _never() -> None:
+    """Why no round is to follow: none is too many."""
 
 
 def test_stage_runs_once_for_the_same_inputs(stages: Stages) -> None:
@@ -169,7 +178,7 @@ def test_rounds_are_done_without_a_gap(tmp_path: Path) -> None:
         assert [done.index for done in run.done_rounds()] == [0, 1]
         (run.round(1).path / "DONE").unlink()
         assert [done.index for done in run.done_rounds()] == [0]
-        assert [following.index for following in run.unfinished_rounds(4)] == [1, 2, 3]
+        assert [following.index for following in run.unfinished_rounds(4, _never)] == [1, 2, 3]
         assert [round.adapter_name for round in run.done_rounds()] == ["r00"]
 
 
@@ -253,13 +262,36 @@ def test_the_time_to_go_leaves_out_what_comes_once(tmp_path: Path) -> None:
         time.sleep(2)
         return Counter()()
 
-    for index, _ in enumerate(run.unfinished_rounds(2)):
+    for index, _ in enumerate(run.unfinished_rounds(2, _never)):
         if index == 0:
             run.once(Limits, slow)
     logger.remove(sink)
     (line,) = [each for each in said if each.startswith("1 of 2 rounds done")]
     each, to_go = (int(number) for number in re.findall(r"(\d+) s\b", line))
     assert each < 2 and to_go < 2  # the two seconds of the run's own stage are not in it
+
+
+def test_no_round_follows_once_there_is_a_reason(tmp_path: Path) -> None:
+    run, said = Run(tmp_path, 0), []
+    asked: list[int] = []
+
+    def why_stop() -> str | None:
+        asked.append(len(run.done_rounds()))
+        return "enough" if len(run.done_rounds()) == 2 else None
+
+    write_json(tmp_path / "stages.json", CONTROLS)
+    sink = logger.add(lambda line: said.append(str(line).strip()), format="{message}")
+    for total in (5, 5, 1):
+        for round in run.unfinished_rounds(total, why_stop):
+            round.once(Limits, Counter())
+            round.finish()
+    logger.remove(sink)
+    assert asked == [0, 1, 2, 2, 2]  # before each round, and where nothing is left
+    done = f"run {tmp_path.name} is done: 2 rounds; enough"
+    assert [line for line in said if "done" in line and "to go" not in line] == [
+        "2 of 5 rounds done, 0 s each",
+        *[done] * 3,
+    ]
 
 
 def test_marker_without_records_is_no_finished_round(tmp_path: Path) -> None:
@@ -278,13 +310,14 @@ def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
         assert not list(tmp_path.rglob(".tmp-*"))
 
 
-def test_run_file_takes_over_rounds_but_no_other_change(tmp_path: Path) -> None:
+def test_run_file_takes_over_how_far_to_go_but_no_other_change(tmp_path: Path) -> None:
     with open_run(tmp_path, 0, _description()):
         pass
     with open_run(tmp_path, 0, _description(rounds=5)):
         assert read_run(tmp_path)["config"]["rounds"] == 5
-    with open_run(tmp_path, 0, _description(rounds=1)):
-        assert read_run(tmp_path)["config"]["rounds"] == 1
+    with open_run(tmp_path, 0, _description(rounds=1, patience=3)):
+        config = read_run(tmp_path)["config"]
+        assert (config["rounds"], config["patience"]) == (1, 3)
     before = (tmp_path / "run.json").read_bytes()
     changed = _description(heal={"rank": 3, "alpha": 4})
     with (

@@ -1,0 +1,49 @@
+"""Watching a run while it is worked on: what went wrong in a round, and whether to go on.
+
+    early stop   a run is done before N when `patience` rounds in a row, the first round apart,
+                 brought no larger trait shift than the best coherent round before them; 0: never
+
+Both are read off saved files alone, as the page is, so a run that was stopped anywhere decides as
+one that was not.
+"""
+
+from __future__ import annotations
+
+from loguru import logger
+
+from steer_heal.guards import alarms
+from steer_heal.rounds import Round, Run
+from steer_heal.saved import read_saved_run
+from steer_heal.summary import Summary, summarise
+from steer_heal.wording import nats
+
+
+def warn(run: Run, round: Round) -> None:
+    """Says what went wrong in a finished round."""
+    for alarm in alarms(_so_far(run)):
+        if alarm.round == round.index + 1:
+            logger.warning("{}", alarm)
+
+
+def why_stop(run: Run) -> str | None:
+    """Why no round is to follow those that are finished; None: go on."""
+    return early_stop(_so_far(run)) if run.done_rounds() else None
+
+
+def early_stop(summary: Summary) -> str | None:
+    """Why no round is to follow, and what goes further; None: `patience` has not run out."""
+    config, since = summary.run.description.config, summary.rounds_without_gain
+    if not 0 < config["patience"] <= since:
+        return None
+    if summary.best is None:
+        why = f"no coherent round in {since + 1}"
+    else:
+        shift = nats(summary.best.healed.trait_shift)
+        rounds = "1 round" if since == 1 else f"{since} rounds"
+        why = f"no gain over round {summary.best.number}'s trait shift of {shift} in {rounds} since"
+    further = f"N={max(config['rounds'], len(summary.rounds) + 1)} patience={since + 1}"
+    return f"{why}; {further} goes further, a larger N alone does not"
+
+
+def _so_far(run: Run) -> Summary:
+    return summarise(read_saved_run(run.path))
