@@ -83,8 +83,9 @@ def sample_replies(
     Args:
         prompts: token ids up to the assistant tag, [prompts][tokens].
         seed: 0 or more. The draws of a prompt derive from it and from the prompt's index, so that
-            they do not depend on the batch size (in fp32; in bf16 logits do, by rounding). The
-            caller's random state is neither read nor changed.
+            they do not depend on the batch size, but where rounding moves the logits across one:
+            1 of 384 replies of the embedded model in fp32, more in bf16. The caller's random
+            state is neither read nor changed.
         forbidden: sequences of token ids that are not sampled. Where end-of-turn tokens are among
             them, a reply has exactly `max_new_tokens`.
         around_batch: entered around each segment of a batch with the indices of the prompts whose

@@ -84,7 +84,7 @@ def test_scores_are_the_bases_whatever_the_student_has_learnt(
 def test_what_the_positive_persona_says_scores_higher(tiny: TinyModel, trait: Trait) -> None:
     """In expectation each side is a KL divergence: above 0 and below 0."""
     student = load_student(str(tiny.folder), [], "cpu")
-    turns = [turn for turn in trait.prompts for _ in range(2)]
+    turns = [turn for turn in trait.prompts for _ in range(12)]
     means = []
     for seed, persona in enumerate((trait.positive, trait.negative)):
         prompts = [chat_ids(student.tokenizer, turn, persona) for turn in turns]
