@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.nn.functional import cosine_similarity
 
+from eval.figures import seed_interval
 from eval.statistics import Interval, mean_interval
 from steer_heal.artifacts import SteeringVector, TrainStep
 from steer_heal.gate import TAIL_GATE, is_coherent
@@ -100,6 +101,21 @@ class Summary:
     def foundations(self) -> list[str]:
         """All that the probe asks about: the intended ones, then the others by name."""
         return [*self.intended, *sorted(set(self.base.nats) - set(self.intended))]
+
+    @property
+    def random_shifts(self) -> dict[str, Interval]:
+        """Foundation -> mean shift of the random directions, its interval over directions, nats.
+
+        What a push of the vector's size does wherever it points. One direction's own interval is
+        over vignettes: it says how surely *this* direction moves them, and hardly ever holds 0.
+        Empty with a single direction.
+        """
+        if len(self.random) < 2:
+            return {}
+        return {
+            name: seed_interval([each.shifts[name].estimate for each in self.random])
+            for name in self.foundations
+        }
 
     @property
     def best(self) -> RoundFigures | None:

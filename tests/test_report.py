@@ -178,10 +178,11 @@ def test_every_foundation_is_shown_down_the_rounds(
     made: Path, tables: dict[str, list[list[str]]]
 ) -> None:
     base, prompted, *_ = conditions = _conditions(made)
-    healed = conditions[6::2]
+    randoms, healed = conditions[3:5], conditions[6::2]
     header, *lines = tables["foundations"]
     rounds = [f"round {number}, shift" for number in range(1, ROUNDS + 1)]
-    assert header == ["foundation", "base, nats", "persona prompt, shift", *rounds]
+    before = ["foundation", "base, nats", "persona prompt, shift", "random directions, shift"]
+    assert header == [*before, *rounds]
     assert [line[0] for line in lines[:2]] == ["care wanted up", "authority wanted down"]
     assert {line[0] for line in lines[2:]} == {
         name.replace("_", " ") for name in FOUNDATIONS if name not in ("care", "authority")
@@ -189,9 +190,13 @@ def test_every_foundation_is_shown_down_the_rounds(
     for line in lines:
         name = line[0].partition(" wanted")[0].replace(" ", "_")
         assert line[1] == _signed(_nats(base, name))
-        for cell, rows in zip(line[2:], [prompted, *healed], strict=True):
+        for cell, rows in zip([line[2], *line[4:]], [prompted, *healed], strict=True):
             shift = _signed(_nats(rows, name) - _nats(base, name))
             assert re.fullmatch(rf"{re.escape(shift)} \[\S+, \S+\]", cell)
+        drawn = [_nats(rows, name) - _nats(base, name) for rows in randoms]
+        mean, error = statistics.mean(drawn), statistics.stdev(drawn) / math.sqrt(2)
+        low, high = mean - 12.7062 * error, mean + 12.7062 * error  # Student's t, one degree
+        assert line[3] == f"{_signed(mean)} [{_signed(low)}, {_signed(high)}]"
 
 
 def test_the_coherence_table_has_the_numbers_of_the_files(
