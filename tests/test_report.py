@@ -266,6 +266,21 @@ def test_what_length_has_to_do_with_enactment_is_said(report: Summary) -> None:
         assert words in said.replace("\n", " ")
 
 
+def test_replies_without_an_enactment_are_shown_without_one(report: Summary) -> None:
+    """Words decide on the embedded model: only base's replies are scored."""
+    controls = report.run.controls
+    replies = tuple(
+        reply.model_copy(update={"enactment_nats": None}) for reply in controls.prompted.replies
+    )
+    prompted = controls.prompted.model_copy(update={"replies": replies})
+    run = replace(report.run, controls=controls.model_copy(update={"prompted": prompted}))
+    page = _page_of(replace(report, run=run))
+    articles = re.findall(r"<b>persona prompt</b>(.*?)</header>", page)
+    assert len(articles) > 1
+    assert all(re.search(r"enacted</span>$", article) for article in articles)
+    assert re.search(r"<b>base</b>.*enacted \([+−]\d\.\d\d\)</span>", page)
+
+
 def test_length_goes_with_enactment_as_their_ranks_do(report: Summary) -> None:
     def told(*pairs: tuple[int, float]) -> Any:
         row = report.run.controls.base.replies[0]
