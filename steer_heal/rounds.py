@@ -227,13 +227,14 @@ class Run(Stages):
             done.check()
         return [done.read(RoundAdapter) for done in rounds]
 
-    def reference(self, which: Literal["previous", "base", "last_good"]) -> list[str]:
-        """Names of the adapters that act in what the next round's student is held to.
+    def reference(self, which: Literal["previous", "base", "last_good"], round: Round) -> list[str]:
+        """Names of the adapters that act in what a round's student is held to.
 
         last_good: those up to the last round that is coherent by its saved evaluation; a ratchet,
         so that a round that broke is not what the next one is held to. None where none is.
         """
-        rounds = self.done_rounds() if which != "base" else []
+        # not the later ones, which are there where a round is made again
+        rounds = self.done_rounds()[: round.index] if which != "base" else []
         while which == "last_good" and rounds and not self._is_coherent(rounds[-1]):
             rounds.pop()
         return [done.adapter_name for done in rounds]

@@ -128,7 +128,8 @@ def test_stages_feed_each_other(run: Run, config: RunConfig) -> None:
         screened, evaluation = folder.read(Screened), folder.read(RoundEval)
         assert len(screened.rows) == 24
         assert len(screened.kept) == 8
-        assert {row.dose for row in screened.rows} == {0.05, 0.1}
+        doses = {row.dose for row in screened.rows}
+        assert doses == {0.05, 0.1} if index == 0 else max(doses) < 0.1  # walked down
         assert evaluation.steered.dose == pytest.approx(screened.mean_kept_dose)
         assert [row.prompt_index for row in evaluation.healed.replies] == [
             row.prompt_index for row in controls.base.replies

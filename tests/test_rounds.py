@@ -240,9 +240,16 @@ def test_the_last_good_reference_is_the_last_coherent_round(how: str, tmp_path: 
     ):
         (tmp_path / str(index)).mkdir()
         run = _finished(tmp_path / str(index), *rounds)
-        assert run.reference("last_good") == expected
-        assert run.reference("previous") == [f"r{n:02d}" for n in range(len(rounds))]
-        assert run.reference("base") == []
+        following = run.round(len(rounds))
+        assert run.reference("last_good", following) == expected
+        assert run.reference("previous", following) == [f"r{n:02d}" for n in range(len(rounds))]
+        assert run.reference("base", following) == []
+
+
+def test_a_round_that_is_made_again_is_not_held_to_later_ones(tmp_path: Path) -> None:
+    run = _finished(tmp_path, WHOLE, WHOLE, WHOLE)
+    for which in ("previous", "last_good"):
+        assert [run.reference(which, run.round(n)) for n in (0, 1)] == [[], ["r00"]]
 
 
 def test_a_reference_is_read_from_checked_files(tmp_path: Path) -> None:
@@ -250,8 +257,8 @@ def test_a_reference_is_read_from_checked_files(tmp_path: Path) -> None:
     file = tmp_path / "round-01" / "eval.json"
     file.write_text(file.read_text().replace("1.5", "1.4"))
     with pytest.raises(UserError, match=re.escape(NOT_AS_WRITTEN)):
-        run.reference("last_good")
-    assert run.reference("previous") == ["r00", "r01"]
+        run.reference("last_good", run.round(2))
+    assert run.reference("previous", run.round(2)) == ["r00", "r01"]
 
 
 def test_the_time_to_go_leaves_out_what_comes_once(tmp_path: Path) -> None:
