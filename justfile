@@ -33,6 +33,11 @@ report +RUNS: setup
 compare +RUNS: setup
     @{{bin}}/steer-heal compare "$@"
 
+# variants of a run on several seeds: just study NAME [seeds=3] [KEY=VALUE ...]; no NAME lists them
+[no-exit-message]
+study *ARGS: setup
+    @{{bin}}/steer-heal study "$@"
+
 # what a trait file lacks or gets wrong: just lint TRAIT [model=NAME]
 [no-exit-message]
 lint *ARGS: setup

@@ -120,6 +120,16 @@ def _allowed(kind: Any, limits: Sequence[Any]) -> str:
     return ", ".join([words.get(kind, "text"), *found])
 
 
+def nearest(key: str, names: list[str]) -> list[str]:
+    """Up to three names that are alike, as a whole or without their section, the likest first."""
+
+    def likeness(name: str) -> float:
+        pairs = ((key, name), (key.split(".")[-1], name.split(".")[-1]))
+        return max(SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs)
+
+    return [name for name in sorted(names, key=likeness, reverse=True)[:3] if likeness(name) > 0.5]
+
+
 def _field(config: type[BaseModel], key: str) -> Any:
     *sections, name = key.split(".")
     section: Any = config
@@ -139,20 +149,10 @@ def _split(config: type[BaseModel], argument: str) -> tuple[str, str]:
 
 def _unknown(name: str, valid: list[str], listed_by: str | None) -> str:
     """What to say of a key that there is not."""
-    if near := _nearest(name, valid):
+    if near := nearest(name, valid):
         return f"unknown setting {name!r}; the nearest are: {', '.join(near)}"
     lists = f"`{listed_by}` lists them" if listed_by else f"there are: {', '.join(valid)}"
     return f"unknown setting {name!r}: no setting is near that; {lists}"
-
-
-def _nearest(key: str, names: list[str]) -> list[str]:
-    """Up to three names that are alike, as a whole or without their section."""
-
-    def likeness(name: str) -> float:
-        pairs = ((key, name), (key.split(".")[-1], name.split(".")[-1]))
-        return max(SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs)
-
-    return [name for name in sorted(names, key=likeness, reverse=True)[:3] if likeness(name) > 0.5]
 
 
 def _nested(config: type[BaseModel], values: Mapping[str, str]) -> Given:

@@ -7,8 +7,6 @@ process that made it.
 from __future__ import annotations
 
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from eval.errors import UserError
 from eval.figures import seed_interval
 from eval.statistics import Interval, mean_interval
 from eval.summary import fixed, interval_text
+from steer_heal.apart import run_apart
 from steer_heal.artifacts import ReplyRow
 from steer_heal.config import resolve_config
 from steer_heal.manifest import run_path
@@ -72,12 +71,9 @@ def _measure(folder: Path, seed: int, settings: list[str]) -> BenchRow:
     arguments = ["N=3", *settings, f"seed={seed}", f"folder={folder}"]
     config = resolve_config(arguments)
     path = run_path(config)
-    program = "from steer_heal.cli import main; main()"
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program, "round", *arguments])
+    run_apart(f"seed {seed}", arguments)
     wall_s = time.monotonic() - start
-    if done.returncode != 0:
-        raise UserError(f"seed {seed}: the run ended with exit code {done.returncode}")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
     return _row(seed, wall_s, peak, read_saved_run(path))
 

@@ -105,6 +105,26 @@ def bench(settings: Settings = None, seeds: int = 3) -> None:
 
 
 @app.command()
+def study(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="without one the studies are listed")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Runs variants of a run on several seeds (seeds=3); prints a table of what each came to."""
+    with _working("the same command goes on from there"):
+        from steer_heal.studies import describe_studies, load_study
+
+        if name is None:
+            typer.echo(describe_studies())
+            return
+        chosen = load_study(name)
+        from steer_heal.study import run_study
+
+        typer.echo(run_study(chosen, settings or []))
+
+
+@app.command()
 def lint(
     trait: Annotated[str, typer.Argument(metavar="TRAIT", help="a shipped trait, or a .toml file")],
     settings: Settings = None,

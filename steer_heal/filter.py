@@ -88,7 +88,7 @@ def screen(
     reasons = [_reason(gates, *pair) for pair in zip(drafts.rows, scores, strict=True)]
     curve = _dose_curve(drafts.rows, scores, reasons)
     _require_enough(reasons, curve, config)
-    for row in _surplus(drafts.rows, scores, reasons, config.num_kept, seed):
+    for row in _surplus(drafts.rows, scores, reasons, config, seed):
         reasons[row] = SURPLUS
     rows = tuple(
         ScreenedCompletion(**draft.model_dump(), **_fields(score, limits.text), dropped=reason)
@@ -166,10 +166,10 @@ def _surplus(
     drafts: Sequence[Completion],
     scores: Sequence[Scores],
     reasons: Sequence[str | None],
-    num_kept: int,
+    config: FilterConfig,
     seed: int,
 ) -> list[int]:
-    """Rows that passed but are not needed: prompts take turns, the most enacting first."""
+    """Rows that passed but are not needed: prompts take turns, each best first."""
     by_prompt: dict[int, list[int]] = defaultdict(list)
     for row, reason in enumerate(reasons):
         if reason is None:
@@ -178,10 +178,13 @@ def _surplus(
     queues = list(by_prompt.values())
     rng.shuffle(queues)
     for queue in queues:
-        queue.sort(key=lambda row: (-scores[row].enactment_nats, row))
+        if config.rank_by_enactment:
+            queue.sort(key=lambda row: (-scores[row].enactment_nats, row))
+        else:
+            rng.shuffle(queue)
     longest = max(len(queue) for queue in queues)
     order = [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
-    return order[num_kept:]
+    return order[config.num_kept :]
 
 
 def _summary(reasons: Sequence[str | None]) -> tuple[int, int, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
@@ -35,6 +35,12 @@ from steer_heal.gate import is_coherent
 
 RUN_FILE, STAGES_FILE, DONE_FILE = "run.json", "stages.json", "DONE"
 LOG_FILE = "log.txt"
+_FREE = (
+    "rounds",
+    "patience",
+    "folder",
+    "device",
+)  # may change in a run that was begun
 _WHAT_THEN = (
     "use the version that wrote it, or run again under another name with run=NAME: nothing in this "
     "run was changed"
@@ -278,6 +284,15 @@ def open_run(path: Path, seed: int, description: dict[str, Any]) -> Iterator[Run
             logger.remove(sink)
 
 
+def changes(before: dict[str, Any], now: dict[str, Any], free: Sequence[str]) -> list[str]:
+    """What differs between two descriptions, as a person reads it; empty: nothing.
+
+    Args:
+        free: settings that may differ.
+    """
+    return _changed_settings(before, now, free) or _changed_contents(before, now)
+
+
 def read_run(path: Path) -> dict[str, Any]:
     """The description of a run.
 
@@ -342,16 +357,17 @@ def _require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> No
             f"{path / RUN_FILE} was written by an older version of steer-heal, without "
             f"{', '.join(unknown)}; {_WHAT_THEN}"
         )
-    if changed := _changed_settings(before, now) or _changed_contents(before, now):
+    if changed := changes(before, now, free=_FREE):
         raise UserError(
             f"run {path} was begun with another config ({'; '.join(changed)}); "
             "give this one a name of its own with run=NAME"
         )
 
 
-def _changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings that may not change in a run that was begun, as `heal.rank: 2 -> 3`."""
-    free = ("rounds", "patience", "folder", "device")
+def _changed_settings(
+    before: dict[str, Any], now: dict[str, Any], free: Sequence[str]
+) -> list[str]:
+    """Settings that differ and are not free to, as `heal.rank: 2 -> 3`."""
     return [
         f"{key}: {_short(old)} -> {_short(new)}"
         for key, old, new in _differences(before["config"], now["config"])

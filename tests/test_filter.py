@@ -383,6 +383,25 @@ def test_of_each_prompt_the_most_enacting_are_kept(student: Student, trait: Trai
         assert all(row.dropped == SURPLUS for row in by_enactment[2:])
 
 
+def test_without_a_ranking_any_of_a_prompts_completions_are_kept(
+    student: Student, trait: Trait
+) -> None:
+    drafts = many(student, trait)
+    kept = {}
+    for ranks in (True, False):
+        config = FilterConfig(
+            num_kept=6, min_kept=1, min_enactment_nats=-100, rank_by_enactment=ranks
+        )
+        results = [screened(student, trait, drafts, limits(), config, seed) for seed in range(8)]
+        kept[ranks] = {
+            frozenset(row.text for row in result.kept if row.prompt_index == 0)
+            for result in results
+        }
+    assert len(kept[True]) == 1
+    assert len(kept[False]) > 2
+    assert frozenset.union(*kept[False]) == {d.text for d in drafts if d.prompt_index == 0}
+
+
 def test_the_dose_curve(student: Student, trait: Trait) -> None:
     """Shares that pass, before any surplus is set aside."""
     drafts = [
