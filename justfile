@@ -57,10 +57,10 @@ eval *ARGS: setup
 settings: setup
     @{{bin}}/steer-heal settings
 
-# the test suite, as CI runs it
+# the test suite, as CI runs it, on up to four cores
 [no-exit-message]
 test *ARGS: setup
-    @{{bin}}/python -m pytest "$@"
+    @{{bin}}/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
 
 # linter, formatting, types
 check: setup

@@ -165,6 +165,7 @@ def _main(folder: Path, arguments: tuple[str, ...], fate: Fate, out: Path, err: 
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), stream)
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test worker's processes ignore it
     if fate.largest_file_bytes:  # the write that crosses it is a real OSError
         resource.setrlimit(resource.RLIMIT_FSIZE, (fate.largest_file_bytes, resource.RLIM_INFINITY))
     if fate.dies_before:
