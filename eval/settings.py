@@ -127,7 +127,7 @@ def nearest(key: str, names: list[str]) -> list[str]:
         pairs = ((key, name), (key.split(".")[-1], name.split(".")[-1]))
         return max(SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs)
 
-    return [name for name in sorted(names, key=likeness, reverse=True)[:3] if likeness(name) > 0.5]
+    return [name for name in sorted(names, key=likeness, reverse=True)[:3] if likeness(name) > 0.6]
 
 
 def _field(config: type[BaseModel], key: str) -> Any:

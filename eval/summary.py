@@ -130,11 +130,12 @@ def format_difference(
 def differences_text(intervals: Mapping[str, Interval]) -> str:
     """Paired differences, a line each; where an interval has 0 in it, that is said."""
     width = max(map(len, intervals))
-    lines = [
-        f"{name:{width}}  {interval_text(interval)}"
-        + ("" if interval.excludes_zero else "  no difference shown")
-        for name, interval in intervals.items()
-    ]
+    lines = []
+    for name, interval in intervals.items():
+        said = "" if interval.excludes_zero else "  no difference shown"
+        if interval.excludes_zero and abs(interval.estimate) < 0.0005:
+            said = "  a difference, but below 0.0005"
+        lines.append(f"{name:{width}}  {interval_text(interval)}{said}")
     return "\n".join(lines)
 
 

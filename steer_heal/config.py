@@ -172,7 +172,7 @@ class RunConfig(Settings):
     trait: str = "care-over-authority-organism"
     """A trait file: a name in steer_heal/traits or a path to a .toml."""
     pos: str | None = Field(None, min_length=1)
-    """The trait as a persona (system prompt); but on the embedded model, `trait` is then shared."""
+    """The trait as a persona (system prompt); on other models its prompts are the shared ones."""
     neg: str | None = Field(None, min_length=1)
     """The opposite persona."""
     seed: int = Field(0, ge=0)

@@ -205,7 +205,8 @@ _GUARDS = (
         name="barrier never fired",
         trips=_silent,
         what="no training step had a completion over the threshold, so it shaped nothing",
-        advice="a lower heal.barrier_threshold_nats would bring it in",
+        advice="where the doses were walked down to nearly 0 there is nothing to bar; else a lower "
+        "heal.barrier_threshold_nats, or auto, would bring it in",
     ),
     _Guard(
         name="barrier always on",
