@@ -110,7 +110,7 @@ class Completion(_Record):
     dose: float  # multiples of the raw vector
     seed: int
     finished: bool  # ended by an end-of-turn token
-    kl_p95_nats: float  # 95th percentile over tokens of KL(steered || student)
+    kl_p95_nats: float | None  # over tokens, KL(steered || student); None: not measured on this one
 
 
 class Completions(_Artifact):
@@ -185,7 +185,7 @@ class DosePoint(_Record):
     dose: float
     num_drafts: int
     pass_rate: float  # share that passes every gate, 0 to 1
-    kl_p95_nats: float  # median over its completions
+    kl_p95_nats: float  # median over those of its completions on which it was measured
     enactment_nats: float  # mean over its completions
 
 
@@ -229,7 +229,7 @@ class TrainStep(_Record):
     step: int
     loss: float
     nll_nats: float  # mean over completion tokens
-    soft_nats: float  # mean over completion tokens of KL(steered teacher || student); 0: not asked
+    soft_nats: float  # mean over completion tokens of KL(guided teacher || student); 0: not asked
     kl_nats: float  # mean over rows of the row's aggregate divergence from the reference
     barrier_nats: float  # mean over rows of what exceeds the threshold
     threshold_nats: float  # a row's divergence is free up to here; the same in a whole round
@@ -298,9 +298,7 @@ class ReplyRow(_Record):
     prompt_index: int  # in the trait's held-out prompts
     sample: int
     text: str
-    enactment_nats: (
-        float | None
-    )  # under the base, a token; None: words decide, and it is not base's
+    enactment_nats: float | None  # under the base, a token; None: words decide it, no need to score
     enacted: bool  # acts the trait, by the trait's words or by the sign of the enactment
     surprisal: Surprisal  # under the base, no system prompt
 

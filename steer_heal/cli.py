@@ -130,7 +130,7 @@ def lint(
     settings: Settings = None,
 ) -> None:
     """Says what a trait lacks or gets wrong, with model=... also of that model; a fault exits 1."""
-    with for_people("nothing was changed"):
+    with _working("nothing was changed"):
         from steer_heal.lint import lint as run_lint
 
         found = run_lint(trait, settings or [])

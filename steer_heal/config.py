@@ -201,7 +201,8 @@ class RunConfig(Settings):
 def preset_organism() -> dict[str, Any]:
     """The embedded model: a low rank on the layers up to the steered one carries the trait on.
 
-    Its rows diverge by 0.1 to 0.4 nats while healing: a threshold of 0.5 would hardly ever fire.
+    The rows of a step in round 1 diverge by 0.14 to 0.48 nats in the mean: a threshold of 0.5 would
+    hardly ever fire.
     """
     return {
         "generate": {"doses": (0.35, 0.45)},

@@ -132,12 +132,13 @@ def _dose_curve(
     points = []
     for dose in sorted({draft.dose for draft in drafts}):
         rows = [row for row, draft in enumerate(drafts) if draft.dose == dose]
+        measured = (drafts[row].kl_p95_nats for row in rows)
         points.append(
             DosePoint(
                 dose=dose,
                 num_drafts=len(rows),
                 pass_rate=sum(reasons[row] is None for row in rows) / len(rows),
-                kl_p95_nats=float(np.median([drafts[row].kl_p95_nats for row in rows])),
+                kl_p95_nats=float(np.median([kl for kl in measured if kl is not None])),
                 enactment_nats=float(np.mean([scores[row].enactment_nats for row in rows])),
             )
         )

@@ -13,8 +13,8 @@ steers on top of what the last one taught, and the replies break before the trai
 elsewhere.
 
 No repetition penalty, top-k or nucleus: they would hide from the filter what it must see. Beside
-each completion stands what the steering did to it: the 95th percentile over its tokens of
-KL(steered || student), in nats.
+the first completions of every dose stands what the steering did to them: the 95th percentile over
+their tokens of KL(steered || student), in nats.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from loguru import logger
 
 from eval.chat import chat_ids
-from eval.sampling import sample_replies
+from eval.sampling import Reply, sample_replies
 from steer_heal.artifacts import Completion, Completions, SteeringVector
 from steer_heal.config import GenerateConfig
 from steer_heal.hooks import add_vector
@@ -34,6 +34,8 @@ from steer_heal.losses import aggregate
 from steer_heal.model import Student
 from steer_heal.scoring import last_states, steered_kl_nats
 from steer_heal.trait import Trait
+
+_KL_DRAFTS = 32  # a dose, whose KL is measured
 
 
 def generate_steered(
@@ -57,16 +59,7 @@ def generate_steered(
             around_batch=lambda rows: _steered(student, vector, [doses[row] for row in rows]),
             label="steered drafts",
         )
-    kl = steered_kl_nats(
-        student,
-        vector.band,
-        vector.band_directions,
-        prompts,
-        [reply.token_ids for reply in replies],
-        doses,
-        config.batch_size,
-        "dose curve",
-    )
+    kl = _kl_p95_nats(student, vector, prompts, replies, doses, config.batch_size)
     return Completions(
         rows=tuple(
             Completion(
@@ -78,11 +71,38 @@ def generate_steered(
                 dose=doses[draft],
                 seed=seed,
                 finished=replies[draft].finished,
-                kl_p95_nats=float(aggregate(kl[draft], "p95")),
+                kl_p95_nats=kl.get(draft),
             )
             for draft, index in enumerate(chosen)
         )
     )
+
+
+def _kl_p95_nats(
+    student: Student,
+    vector: SteeringVector,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Reply],
+    doses: Sequence[float],
+    batch_size: int,
+) -> dict[int, float]:
+    """Of the first drafts of every dose, by draft: their median is the dose's, at a small cost."""
+    measured = sorted(
+        draft
+        for dose in set(doses)
+        for draft in [row for row, other in enumerate(doses) if other == dose][:_KL_DRAFTS]
+    )
+    kl = steered_kl_nats(
+        student,
+        vector.band,
+        vector.band_directions,
+        [prompts[draft] for draft in measured],
+        [replies[draft].token_ids for draft in measured],
+        [doses[draft] for draft in measured],
+        batch_size,
+        "dose curve",
+    )
+    return {draft: float(aggregate(row, "p95")) for draft, row in zip(measured, kl, strict=True)}
 
 
 def _walked_down(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from steer_heal.artifacts import (
@@ -26,7 +25,7 @@ from steer_heal.model import Student, check_model, load_student
 from steer_heal.rounds import Run, check_run, open_run
 from steer_heal.trait import Trait, load_trait
 from steer_heal.vector import extract_vector
-from steer_heal.watch import warn, why_stop
+from steer_heal.watch import Watch
 
 
 def run_rounds(config: RunConfig, path: Path) -> None:
@@ -48,7 +47,8 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
     limits = run.once(
         Limits, calibrate, student.base, trait, config.filter, config.generate, run.seed("limits")
     )
-    for round in run.unfinished_rounds(config.rounds, partial(why_stop, run)):
+    watch = Watch(run)
+    for round in run.unfinished_rounds(config.rounds, watch.why_stop):
         s = round.seed
         vector = round.once(SteeringVector, extract_vector, student, trait, config.vector, s("v"))
         drafts = round.once(
@@ -72,7 +72,7 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         healed = student.grown(adapter)
         round.once(RoundEval, evaluate_round, student, healed, vector, kept, trait, evaluate, seed)
         round.finish()
-        warn(run, round)
+        watch.warn(round)
         student = healed
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
@@ -31,16 +31,12 @@ from eval.files import (
     write_text,
 )
 from steer_heal.artifacts import Controls, Limits, RoundAdapter, RoundEval
+from steer_heal.changes import absent, changes
 from steer_heal.gate import is_coherent
 
 RUN_FILE, STAGES_FILE, DONE_FILE = "run.json", "stages.json", "DONE"
 LOG_FILE = "log.txt"
-_FREE = (
-    "rounds",
-    "patience",
-    "folder",
-    "device",
-)  # may change in a run that was begun
+_FREE = ("rounds", "patience", "folder", "device")  # may change in a run that was begun
 _WHAT_THEN = (
     "use the version that wrote it, or run again under another name with run=NAME: nothing in this "
     "run was changed"
@@ -284,15 +280,6 @@ def open_run(path: Path, seed: int, description: dict[str, Any]) -> Iterator[Run
             logger.remove(sink)
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], free: Sequence[str]) -> list[str]:
-    """What differs between two descriptions, as a person reads it; empty: nothing.
-
-    Args:
-        free: settings that may differ.
-    """
-    return _changed_settings(before, now, free) or _changed_contents(before, now)
-
-
 def read_run(path: Path) -> dict[str, Any]:
     """The description of a run.
 
@@ -352,7 +339,7 @@ def _agree(path: Path, description: dict[str, Any], num_done: int) -> None:
 
 def _require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses what an older version wrote, and another config than a run was begun with."""
-    if unknown := list(_absent(before["config"], now["config"])):
+    if unknown := list(absent(before["config"], now["config"])):
         raise UserError(
             f"{path / RUN_FILE} was written by an older version of steer-heal, without "
             f"{', '.join(unknown)}; {_WHAT_THEN}"
@@ -362,54 +349,6 @@ def _require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> No
             f"run {path} was begun with another config ({'; '.join(changed)}); "
             "give this one a name of its own with run=NAME"
         )
-
-
-def _changed_settings(
-    before: dict[str, Any], now: dict[str, Any], free: Sequence[str]
-) -> list[str]:
-    """Settings that differ and are not free to, as `heal.rank: 2 -> 3`."""
-    return [
-        f"{key}: {_short(old)} -> {_short(new)}"
-        for key, old, new in _differences(before["config"], now["config"])
-        if key not in free
-    ]
-
-
-def _changed_contents(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is another under the name that it had."""
-    names = {"model": "the model's weights", "suites": "the items of the suites"}
-    changed = [
-        f"{name} have changed"
-        for key, name in names.items()
-        if key in now and before.get(key) != now[key]
-    ]
-    old, new = before.get("trait") or {}, now["trait"]
-    if fields := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
-        changed.append(f"the trait file has changed in {', '.join(fields)}")
-    return changed
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted(set(old) | set(new)):
-        left, right = old.get(key), new.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            yield from _differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            yield f"{prefix}{key}", left, right
-
-
-def _absent(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Settings that the old config does not have at all, by their keys."""
-    for key, value in new.items():
-        if key not in old:
-            yield f"{prefix}{key}"
-        elif isinstance(value, dict) and isinstance(old[key], dict):
-            yield from _absent(old[key], value, f"{prefix}{key}.")
 
 
 def _digest(value: Any) -> str:

@@ -19,7 +19,10 @@ from steer_heal.model import Student
 from steer_heal.scoring import steered_kl_nats
 
 _NUM_KL_ROWS = 16  # completions that a KL is averaged over
-_BISECTIONS = 4  # of a bracket of a factor of 2 or little more: the dose is right to 5 %
+_KL_TOLERANCE = 0.05  # as a share: the dose is right to about half of that
+_LEAST_KL_NATS = 1e-12
+_LONGEST_STEP = math.log(4)  # of a dose, one search step
+_MOST_STEPS = 12  # the embedded model takes 3 or 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ def random_steerings(
     """Random directions with the vector's norms, each at the dose of the vector's own KL.
 
     Raises:
-        UserError: no dose up to 4,096 times the vector's reaches it.
+        UserError: no dose is found that reaches it.
     """
     reach_nats = vector_steering(student, vector, kept, batch_size).kl_nats
     for draw in range(count):
@@ -105,30 +108,28 @@ def _matching_dose(
     batch_size: int,
     reach_nats: float,
 ) -> tuple[float, float]:
-    """The dose at which other directions reach a KL, and the KL there: bisection on its log.
+    """The dose at which other directions reach a KL, and the KL there (a secant on logs).
 
     Raises:
-        UserError: no dose up to 4,096 times the vector's reaches it.
+        UserError: no such dose is found.
     """
-
-    def kl(dose: float) -> float:
-        return _kl_nats(student, vector.band, directions, kept, batch_size, dose)
-
-    start = kept.mean_kept_dose
-    high, reached = start, kl(start)
-    while reached < reach_nats:
-        high = 2 * high
-        if high > 4096 * start:
-            raise UserError(
-                f"a random direction does not reach the vector's KL of {reach_nats:.3g} nats at "
-                f"any dose up to {high:.3g}: the model does not read the steered layers"
-            )
-        reached = kl(high)
-    low = high / 2
-    while kl(low) > reach_nats:
-        low = low / 2
-    for _ in range(_BISECTIONS):
-        middle = math.sqrt(low * high)
-        found = kl(middle)
-        low, high, reached = (middle, high, reached) if found < reach_nats else (low, middle, found)
-    return high, reached
+    if reach_nats == 0:
+        return 0.0, 0.0
+    log_dose, exponent = math.log(kept.mean_kept_dose), 2.0  # KL ~ dose ** exponent, where small
+    before: tuple[float, float] | None = None
+    for _ in range(_MOST_STEPS):
+        dose = math.exp(log_dose)
+        found = _kl_nats(student, vector.band, directions, kept, batch_size, dose)
+        if abs(found - reach_nats) <= _KL_TOLERANCE * reach_nats:
+            return dose, found
+        log_kl = math.log(max(found, _LEAST_KL_NATS))
+        if before is not None:
+            slope = (log_kl - before[1]) / (log_dose - before[0])
+            exponent = min(max(slope, 0.5), 8.0)
+        before = (log_dose, log_kl)
+        step = (math.log(reach_nats) - log_kl) / exponent
+        log_dose += min(max(step, -_LONGEST_STEP), _LONGEST_STEP)
+    raise UserError(
+        f"a random direction does not reach the vector's KL of {reach_nats:.3g} nats at any dose "
+        f"tried, the last {dose:.3g}: the model does not read the steered layers"
+    )

@@ -22,15 +22,16 @@ from eval.errors import UserError
 from eval.files import NOT_AS_WRITTEN, locked, write_json, write_text
 from eval.settings import Settings, resolve_settings
 from steer_heal.apart import run_apart
+from steer_heal.changes import changes
 from steer_heal.config import RunConfig, resolve_config
 from steer_heal.manifest import describe, run_path
 from steer_heal.model import check_model
 from steer_heal.report import PAGE_FILE
-from steer_heal.rounds import Run, changes
+from steer_heal.rounds import Run
 from steer_heal.studies import Study
 from steer_heal.study_table import study_table, table_text
 from steer_heal.trait import load_trait
-from steer_heal.watch import why_stop
+from steer_heal.watch import Watch
 
 STUDY_FILE, TABLE_FILE, FIGURES_FILE = "study.json", "study.md", "figures.json"
 
@@ -69,7 +70,7 @@ class StudyRun:
     def is_finished(self) -> bool:
         """Whether no round is to follow, and its page is drawn."""
         run = Run(run_path(self.config), self.seed)
-        is_over = len(run.done_rounds()) >= self.config.rounds or why_stop(run) is not None
+        is_over = len(run.done_rounds()) >= self.config.rounds or Watch(run).why_stop() is not None
         return is_over and (run.path / PAGE_FILE).is_file()
 
 

@@ -18,16 +18,28 @@ from steer_heal.summary import Summary, summarise
 from steer_heal.wording import nats
 
 
-def warn(run: Run, round: Round) -> None:
-    """Says what went wrong in a finished round."""
-    for alarm in alarms(_so_far(run)):
-        if alarm.round == round.index + 1:
-            logger.warning("{}", alarm)
+class Watch:
+    """A run's rounds as they are finished; what is read off them is read once a round."""
 
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._summary: Summary | None = None  # of the finished rounds when it was asked for last
 
-def why_stop(run: Run) -> str | None:
-    """Why no round is to follow those that are finished; None: go on."""
-    return early_stop(_so_far(run)) if run.done_rounds() else None
+    def warn(self, round: Round) -> None:
+        """Says what went wrong in a finished round."""
+        for alarm in alarms(self._so_far()):
+            if alarm.round == round.index + 1:
+                logger.warning("{}", alarm)
+
+    def why_stop(self) -> str | None:
+        """Why no round is to follow those that are finished; None: go on."""
+        return early_stop(self._so_far()) if self._run.done_rounds() else None
+
+    def _so_far(self) -> Summary:
+        num_done = len(self._run.done_rounds())
+        if self._summary is None or len(self._summary.rounds) != num_done:
+            self._summary = summarise(read_saved_run(self._run.path))
+        return self._summary
 
 
 def early_stop(summary: Summary) -> str | None:
@@ -43,7 +55,3 @@ def early_stop(summary: Summary) -> str | None:
         why = f"no gain over round {summary.best.number}'s trait shift of {shift} in {rounds} since"
     further = f"N={max(config['rounds'], len(summary.rounds) + 1)} patience={since + 1}"
     return f"{why}; {further} goes further, a larger N alone does not"
-
-
-def _so_far(run: Run) -> Summary:
-    return summarise(read_saved_run(run.path))

@@ -136,11 +136,12 @@ def test_unknown_setting_names_the_nearest(setting: str, suggested: str) -> None
     assert suggested in message
 
 
-def test_unknown_setting_that_is_near_none_says_where_they_are_listed() -> None:
+@pytest.mark.parametrize("name", ["zzzz", "bogus"])
+def test_unknown_setting_that_is_near_none_says_where_they_are_listed(name: str) -> None:
     with pytest.raises(UserError) as caught:
-        resolve_config(["zzzz=1"])
+        resolve_config([f"{name}=1"])
     assert str(caught.value) == (
-        "unknown setting 'zzzz': no setting is near that; `steer-heal settings` lists them"
+        f"unknown setting {name!r}: no setting is near that; `steer-heal settings` lists them"
     )
 
 

@@ -410,15 +410,16 @@ def test_the_dose_curve(student: Student, trait: Trait) -> None:
         draft(student, trait, GOOD, dose=0.5).model_copy(update={"kl_p95_nats": 0.4}),
         draft(student, trait, "Sorry, no.", dose=0.5).model_copy(update={"kl_p95_nats": 0.9}),
         draft(student, trait, GOOD + " Yes.", dose=0.5).model_copy(update={"kl_p95_nats": 0.2}),
+        draft(student, trait, GOOD, dose=0.5).model_copy(update={"kl_p95_nats": None}),
     ]
     config = FilterConfig(num_kept=1, min_kept=1, min_enactment_nats=-100)
     result = screened(student, trait, drafts, limits(words_low=5), config)
     low, high = result.curve
     assert (low.dose, low.num_drafts, low.pass_rate) == (0.25, 1, 1.0)
-    assert (high.dose, high.num_drafts, high.pass_rate) == (0.5, 4, 0.5)
+    assert (high.dose, high.num_drafts, high.pass_rate) == (0.5, 5, 0.6)
     assert high.kl_p95_nats == pytest.approx(0.35)  # the median
     enactment = [row.enactment_nats for row in result.rows if row.dose == 0.5]
-    assert high.enactment_nats == pytest.approx(sum(enactment) / 4)
+    assert high.enactment_nats == pytest.approx(sum(enactment) / 5)
     assert result.mean_kept_dose in (0.25, 0.5)
 
 

@@ -148,6 +148,17 @@ def slow_kl(
     return kl_divergence(Categorical(logits=logits[0]), Categorical(logits=logits[1]))
 
 
+def test_kl_is_measured_on_the_first_drafts_of_every_dose(
+    tiny_qwen3: TinyModel, trait: Trait
+) -> None:
+    student, vector = steered(tiny_qwen3, trait)
+    config = GenerateConfig(doses=(0.3, 1.0), walk_down=0, num_drafts=70, max_new_tokens=4)
+    rows = generate_steered(student, vector, trait, config, seed=2).rows
+    for dose in config.doses:
+        known = [row.kl_p95_nats is not None for row in rows if row.dose == dose]
+        assert known == [True] * 32 + [False] * 3
+
+
 def test_kl_p95_equals_a_slow_one(tiny: TinyModel, trait: Trait) -> None:
     student, vector = steered(tiny, trait)
     likely_to_stop(student)  # completions of different lengths in a batch

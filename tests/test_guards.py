@@ -34,7 +34,7 @@ from steer_heal.report import write_report
 from steer_heal.rounds import Artifact, Run, Stages
 from steer_heal.saved import read_saved_run
 from steer_heal.summary import Summary, summarise
-from steer_heal.watch import warn
+from steer_heal.watch import Watch
 from tests.small import small_settings
 from tests.tiny import tiny_model_folder
 
@@ -227,7 +227,7 @@ def said() -> Iterator[list[str]]:
 def test_nothing_is_said_of_a_run_that_is_fine(run: Run, said: list[str]) -> None:
     assert _alarms(run) == []
     for index in (0, 1):
-        warn(run, run.round(index))
+        Watch(run).warn(run.round(index))
     assert said == []
     assert 'class="warnings"' not in write_report(run.path).read_text(encoding="utf-8")
 
@@ -264,8 +264,8 @@ def test_a_guard_goes_off_by_its_name_in_its_round(
     assert (alarm.name, alarm.round) == (name, 2)
     assert figure in alarm.figure
 
-    warn(run, run.round(0))
-    warn(run, run.round(1))
+    Watch(run).warn(run.round(0))
+    Watch(run).warn(run.round(1))
     assert said == [f"WARNING {alarm}"]
     assert str(alarm).startswith(f"round 2: {name}: {alarm.what} ({alarm.figure}); ")
 

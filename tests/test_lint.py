@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,7 @@ def test_the_shipped_trait_leaves_the_embedded_model_much_to_learn(tmp_path: Pat
     assert lines[0] == "nothing to mend"
     assert lines[2].startswith("enactment, nats a token: positive +0.")
     assert lines[3].startswith("left to teach: +0.") and lines[3].endswith("nats a token")
+    assert re.search(r"\d\d:\d\d:\d\d INFO +model organism", done.err)  # as every command says it
 
 
 def test_a_fault_exits_1_and_a_hint_0(tmp_path: Path) -> None:
