@@ -62,11 +62,11 @@ class SteeringVector:
     h_l is the output of decoder layer l at the last prompt token (the assistant tag).
     """
 
-    directions: torch.Tensor  # [layers, hidden] fp32, all layers of the model
+    directions: torch.Tensor  # [layers, hidden] fp32, all layers of the model; the control's: drawn
     band: tuple[int, ...]  # layers that are steered
     norms: tuple[float, ...]  # L2 norm a layer, in units of the residual stream
     residual_norms: tuple[float, ...]  # mean L2 norm of h_l, a layer
-    auc: tuple[float, ...]  # how well held-out pairs are told apart along v[l], 0.5 to 1, a layer
+    auc: tuple[float, ...]  # how well v[l] tells held-out pairs apart, 0.5 to 1, a layer
     pairwise_cosine: tuple[float, ...]  # mean cosine between single pairs' differences, a layer
     num_pairs: int
     weights_hash: str  # of the model it was taken from

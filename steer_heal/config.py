@@ -50,6 +50,8 @@ class VectorConfig(Settings):
 
     band: Band = (0.45, 0.55)
     """Layers that are steered, as shares of the depth; a broad band destroys the text."""
+    direction: Literal["mean_difference", "random"] = "mean_difference"
+    """random: a control; the norms of the mean difference, the direction drawn once a run."""
     num_contexts: int = Field(128, ge=2)
     """User turns the mean difference is taken over."""
     batch_size: int = Field(32, ge=1)

@@ -50,7 +50,10 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
     watch = Watch(run)
     for round in run.unfinished_rounds(config.rounds, watch.why_stop):
         s = round.seed
-        vector = round.once(SteeringVector, extract_vector, student, trait, config.vector, s("v"))
+        vector = round.once(
+            *(SteeringVector, extract_vector, student, trait, config.vector),
+            *(s("v"), run.seed("direction")),
+        )
         drafts = round.once(
             Completions, generate_steered, student, vector, trait, config.generate, s("generate")
         )

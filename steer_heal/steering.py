@@ -17,6 +17,7 @@ from eval.errors import UserError
 from steer_heal.artifacts import Screened, SteeringVector
 from steer_heal.model import Student
 from steer_heal.scoring import steered_kl_nats
+from steer_heal.vector import random_like
 
 _NUM_KL_ROWS = 16  # completions that a KL is averaged over
 _KL_TOLERANCE = 0.05  # as a share: the dose is right to about half of that
@@ -59,18 +60,9 @@ def random_steerings(
     """
     reach_nats = vector_steering(student, vector, kept, batch_size).kl_nats
     for draw in range(count):
-        directions = _random_directions(vector, seed, draw)
+        directions = random_like(vector.band_directions, _seed_of(seed, draw))
         dose, kl = _matching_dose(student, vector, directions, kept, batch_size, reach_nats)
         yield Steering(band=vector.band, directions=directions, dose=dose, kl_nats=kl)
-
-
-def _random_directions(vector: SteeringVector, seed: int, draw: int) -> torch.Tensor:
-    """Random directions with the norms of the vector's band: [band layers, hidden]."""
-    generator = torch.Generator().manual_seed(_seed_of(seed, draw))
-    drawn = torch.randn(vector.band_directions.shape, generator=generator)
-    return (
-        drawn / drawn.norm(dim=-1, keepdim=True) * vector.band_directions.norm(dim=-1, keepdim=True)
-    )
 
 
 def _seed_of(seed: int, draw: int) -> int:

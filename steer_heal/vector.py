@@ -8,6 +8,9 @@ Source: Rimsky et al. 2023, "Steering Llama 2 via Contrastive Activation Additio
 (arXiv:2312.06681). Departs from it: the contrast is in the system prompt, not in a given answer
 letter, and the band is narrow (45 % to 55 % of depth): the same vector over a broad band destroys
 the text at a fraction of the dose.
+
+As a control the direction can be drawn at random instead, with the norms of the mean difference,
+the same in all rounds of a run: what such a run comes to is not owed to steering along the trait.
 """
 
 from __future__ import annotations
@@ -26,10 +29,13 @@ from steer_heal.trait import Trait
 
 
 def extract_vector(
-    student: Student, trait: Trait, config: VectorConfig, seed: int
+    student: Student, trait: Trait, config: VectorConfig, seed: int, direction_seed: int = 0
 ) -> SteeringVector:
     """Takes the vector from the student over up to `config.num_contexts` of the trait's contexts.
 
+    Args:
+        seed: of the contexts that are taken.
+        direction_seed: of a random direction, where `config.direction` asks for one.
     Raises:
         UserError: a hidden state is not finite, or the two personas give the same states.
     """
@@ -53,6 +59,8 @@ def extract_vector(
         )
     if float(norms[-1]) == 0:
         raise UserError("both personas give the same hidden states: does the template drop them?")
+    if config.direction == "random":
+        directions = random_like(directions, direction_seed)
     return SteeringVector(
         directions=directions.contiguous(),
         band=tuple(student.band(config.band)),
@@ -63,6 +71,13 @@ def extract_vector(
         num_pairs=count,
         weights_hash=student.loaded.weights_hash,
     )
+
+
+def random_like(directions: torch.Tensor, seed: int) -> torch.Tensor:
+    """Directions drawn at random, each with the norm of one that is given: [layers, hidden]."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(directions.shape, generator=generator)
+    return drawn / drawn.norm(dim=-1, keepdim=True) * directions.norm(dim=-1, keepdim=True)
 
 
 def _held_out_auc(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:

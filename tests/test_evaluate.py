@@ -29,9 +29,9 @@ from steer_heal.config import EvaluateConfig, VectorConfig
 from steer_heal.evaluate import evaluate_controls, evaluate_round
 from steer_heal.model import Student, load_student
 from steer_heal.scoring import score_completions
-from steer_heal.steering import _matching_dose, _random_directions
+from steer_heal.steering import _matching_dose, _seed_of
 from steer_heal.trait import Trait, load_trait
-from steer_heal.vector import extract_vector
+from steer_heal.vector import extract_vector, random_like
 from tests.conftest import TinyModel
 from tests.small import FOUNDATIONS, small_neutral, small_suites, small_trait
 from tests.test_stack import random_adapter
@@ -377,7 +377,7 @@ def test_random_directions_are_steered_at_the_vectors_own_kl(
     assert reach > 1e-3
     assert found.steered.kl_nats == pytest.approx(reach, rel=1e-3)
     for draw, condition in enumerate(controls.random):
-        directions = _random_directions(vector, 0, draw)
+        directions = random_like(vector.band_directions, _seed_of(0, draw))
         assert directions.norm(dim=-1).tolist() == pytest.approx(
             vector.band_directions.norm(dim=-1).tolist(), rel=1e-5
         )
@@ -430,7 +430,7 @@ def test_the_matching_dose_is_found_from_far_off(
     """However long the random direction is, the push that is added comes out the same."""
     base = loaded(tiny_qwen3)
     vector, kept = vector_of(base, trait), kept_at(0.5)
-    directions = length * _random_directions(vector, 0, 0)
+    directions = length * random_like(vector.band_directions, seed=0)
     dose, kl = _matching_dose(base, vector, directions, kept, config.batch_size, reach_nats=0.02)
     assert kl == pytest.approx(0.02, rel=0.05)
     assert _plain_kl(base, vector.band, directions * dose, kept) == pytest.approx(kl, rel=1e-3)
@@ -441,7 +441,7 @@ def test_to_reach_nothing_nothing_is_added(
 ) -> None:
     base = loaded(tiny_qwen3)
     vector = vector_of(base, trait)
-    directions = _random_directions(vector, 0, 0)
+    directions = random_like(vector.band_directions, seed=0)
     found = _matching_dose(base, vector, directions, kept_at(0.0), config.batch_size, 0.0)
     assert found == (0.0, 0.0)
 

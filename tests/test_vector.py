@@ -175,6 +175,26 @@ def test_the_vector_is_the_students_not_the_bases(tiny_qwen3: TinyModel, trait: 
     assert not torch.allclose(from_base.directions, from_grown.directions, atol=1e-2)
 
 
+def test_a_random_direction_has_the_norms_of_the_mean_difference_and_no_more_of_it(
+    tiny_qwen3: TinyModel, trait: Trait
+) -> None:
+    student = load_student(str(tiny_qwen3.folder), [], "cpu")
+    config = CONFIG.model_copy(update={"direction": "random"})
+    vector = extract_vector(student, trait, CONFIG, seed=0)
+    drawn, again, other = (
+        extract_vector(student, trait, config, seed=seed, direction_seed=direction_seed)
+        for seed, direction_seed in ((0, 5), (1, 5), (0, 6))
+    )
+    norms = vector.directions.norm(dim=-1)
+    torch.testing.assert_close(drawn.directions.norm(dim=-1), norms)
+    cosine = torch.nn.functional.cosine_similarity
+    for one in (vector, other):
+        assert (
+            cosine(drawn.directions, one.directions, dim=-1).abs().max() < 0.6
+        )  # of 32 dimensions
+    assert cosine(drawn.directions, again.directions, dim=-1).min() > 0.9999
+
+
 def test_the_band_is_the_configs(tiny_gemma3: TinyModel, trait: Trait) -> None:
     student = load_student(str(tiny_gemma3.folder), [], "cpu")
     config = VectorConfig(num_contexts=4, band=(0.5, 1.0))
