@@ -33,6 +33,11 @@ report +RUNS: setup
 compare +RUNS: setup
     @{{bin}}/steer-heal compare "$@"
 
+# many more replies of a run's best model and of the persona prompt: just judge rounds/A [rounds/B ...]
+[no-exit-message]
+judge +RUNS: setup
+    @{{bin}}/steer-heal judge "$@"
+
 # variants of a run on several seeds: just study NAME [seeds=3] [KEY=VALUE ...]; no NAME lists them
 [no-exit-message]
 study *ARGS: setup

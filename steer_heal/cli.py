@@ -66,6 +66,19 @@ def compare(runs: Runs) -> None:
 
 
 @app.command()
+def judge(
+    runs: Runs,
+    samples: Annotated[int, typer.Option(min=1, help="replies to each held-out prompt")] = 24,
+) -> None:
+    """Asks a run's best model and the persona prompt for many more replies, and compares them."""
+    with _working("nothing was changed"):
+        from steer_heal.judge import judge as run_judge
+
+        found = run_judge([_run_folder(path) for path in runs], samples)
+        typer.echo("\n".join(map(str, found)))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a folder in rounds/")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="a folder that is not there yet")],

@@ -88,6 +88,20 @@ def measure_condition(
     )
 
 
+def measure_replies(
+    name: str,
+    student: Student,
+    trait: Trait,
+    config: EvaluateConfig,
+    seed: int,
+    system: str | None = None,
+) -> tuple[ReplyRow, ...]:
+    """Replies to the held-out prompts alone: what `measure_condition` samples first, judged."""
+    with student.running() as model:
+        replies = _sample(model, student.tokenizer, trait, config, seed, system, name)
+    return _score(student, trait, [reply.token_ids for reply in replies], config, False)
+
+
 def _sample(
     model: Any,
     tokenizer: Any,

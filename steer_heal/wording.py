@@ -16,6 +16,13 @@ def percent_bounds(interval: Interval) -> str:
     return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
+def points(difference: Interval) -> str:
+    """A difference of shares with its ends, in percentage points: `+1.6 [-0.5, +3.8]`."""
+    ends = (difference.estimate, difference.low, difference.high)
+    estimate, low, high = (fixed(100 * value, 1, sign=True) for value in ends)
+    return f"{estimate} [{low}, {high}]"
+
+
 def nats(value: float, sign: bool = True) -> str:
     """A number of nats as `+0.42`, with a minus that is as wide as the plus."""
     return fixed(value, 2, sign).replace("-", "−")

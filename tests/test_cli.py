@@ -18,7 +18,18 @@ from steer_heal.config import RunConfig
 from tests.processes import Command, command, portable_settings, refusal, rounds_of, tree
 from tests.tiny import tiny_model_folder
 
-COMMANDS = ("round", "report", "compare", "export", "eval", "bench", "study", "lint", "settings")
+COMMANDS = (
+    "round",
+    "report",
+    "compare",
+    "judge",
+    "export",
+    "eval",
+    "bench",
+    "study",
+    "lint",
+    "settings",
+)
 HEAVY = ("torch", "transformers", "numpy", "peft", "trl", "matplotlib")
 
 
