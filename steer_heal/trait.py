@@ -108,12 +108,12 @@ def load_trait(name_or_path: str, pos: str | None = None, neg: str | None = None
     Raises:
         UserError: no such trait, not TOML, or a field that is missing or wrong.
     """
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
-        path = TRAITS_FOLDER / f"{name_or_path}.toml"
+    is_file_name = name_or_path.endswith(".toml")
+    path = Path(name_or_path) if is_file_name else TRAITS_FOLDER / f"{name_or_path}.toml"
     if not path.is_file():
         known = ", ".join(trait_names())
-        raise UserError(f"no trait {name_or_path!r}: give a .toml file or one of: {known}")
+        wanted = "no such file; shipped are" if is_file_name else "give a .toml file or one of"
+        raise UserError(f"no trait {name_or_path!r}: {wanted}: {known}")
     fields = _read(path)
     if pos is not None and neg is not None:
         asked = {name: fields[name] for name in _ASKED if name in fields}

@@ -116,6 +116,7 @@ def test_missing_trait_names_the_known_ones(name: str) -> None:
     with pytest.raises(UserError) as caught:
         load_trait(name)
     assert f"no trait {name!r}" in str(caught.value)
+    assert ("no such file" in str(caught.value)) == name.endswith(".toml")
     assert str(caught.value).endswith(": " + ", ".join(trait_names()))
 
 
