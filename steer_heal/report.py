@@ -1,4 +1,4 @@
-"""The report: the saved files of a run -> report.html and drift.png. Loads no model."""
+"""The report: the saved files of a run -> report.html, drift.png, drift.csv. Loads no model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from eval.files import write_bytes, write_text
 from eval.summary import fixed
 from steer_heal.artifacts import ReplyRow
 from steer_heal.config import resolve_config
+from steer_heal.drift_table import drift_csv
 from steer_heal.figures import LAYOUTS, THEMES, Drift, FoundationDrift, draw_drift
 from steer_heal.gate import PMASS_GATE
 from steer_heal.guards import RETENTION_GATE, Alarm, alarms
@@ -25,7 +26,7 @@ from steer_heal.summary import Summary, summarise
 from steer_heal.watch import early_stop
 from steer_heal.wording import bounds, nats, percent, percent_bounds, plain_bounds, visible
 
-PAGE_FILE, PLOT_FILE = "report.html", "drift.png"
+PAGE_FILE, PLOT_FILE, TABLE_FILE = "report.html", "drift.png", "drift.csv"
 TEMPLATES_FOLDER = Path(__file__).parent / "templates"
 NUM_DIARY_PROMPTS = 6
 
@@ -39,7 +40,7 @@ class DiaryEntry:
 
 
 def write_report(path: Path) -> Path:
-    """Draws the page and the plot of a run, says what they show, returns the page's path.
+    """Draws page, plot and table of a run, says what they show, returns the page's path.
 
     Raises:
         UserError: no run, no finished round yet, a file that is not what was written.
@@ -52,6 +53,7 @@ def write_report(path: Path) -> Path:
     }
     page = render_page(report, plots)
     write_bytes(path / PLOT_FILE, plots["wide_light"])
+    write_text(path / TABLE_FILE, drift_csv(report))
     write_text(path / PAGE_FILE, page)
     logger.info(terminal_summary(report))
     logger.info("report: {}", path / PAGE_FILE)

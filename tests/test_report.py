@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import itertools
 import json
@@ -45,6 +46,7 @@ from steer_heal.rounds import Run
 from steer_heal.saved import condition_figures, length_correlation, read_saved_run
 from steer_heal.summary import Summary, summarise
 from steer_heal.wording import bounds, nats, percent, plain_bounds, visible
+from tests.processes import REPORT_FILES
 from tests.small import FOUNDATIONS, small_settings
 from tests.tiny import tiny_model_folder
 
@@ -102,7 +104,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
     """A copy of it, to spoil; without a report."""
-    ignored = shutil.ignore_patterns("report.html", "drift.png")
+    ignored = shutil.ignore_patterns(*REPORT_FILES)
     return Path(shutil.copytree(made, tmp_path / "run", ignore=ignored))
 
 
@@ -522,7 +524,30 @@ def test_drawn_again_from_the_files_alone_it_is_the_same(made: Path, page: str, 
     plot = (made / "drift.png").read_bytes()
     assert write_report(run).read_text(encoding="utf-8") == page
     assert (run / "drift.png").read_bytes() == plot
+    assert (run / "drift.csv").read_bytes() == (made / "drift.csv").read_bytes()
     assert not [path for path in run.iterdir() if path.name.startswith(".tmp")]
+
+
+def test_the_table_for_other_programs_has_every_condition(made: Path, page: str) -> None:
+    with (made / "drift.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    conditions = _conditions(made)
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for line in lines:
+        of = found.setdefault(f"{line['condition']} {line['round']}".strip(), {})
+        of[line["figure"]] = line
+    random = [f"random {number}" for number in range(1, len(conditions) - 2 - 2 * ROUNDS)]
+    rounds = [f"{name} {number}" for number in (1, 2) for name in ("steered", "healed")]
+    assert list(found) == ["base", "prompted", "engineered", *random, *rounds]
+    for rows, name in zip(conditions, found, strict=True):
+        figures = {key: line["estimate"] for key, line in found[name].items()}
+        assert float(figures["enacted"]) == pytest.approx(_enacted(rows))
+        assert float(found[name]["enacted"]["low"]) <= _enacted(rows)
+        shift = _nats(rows, "authority") - _nats(conditions[0], "authority")
+        assert float(figures["authority_shift_nats"]) == pytest.approx(shift)
+        assert ("dose" in figures) == name.startswith(("random", "steered"))
+        right = [task["right"] for task in rows["tasks"]]
+        assert float(figures["mundane"]) == pytest.approx(sum(right) / len(right))
 
 
 def test_the_plots_are_pictures(made: Path, page: str) -> None:
