@@ -42,7 +42,7 @@ def chat_text(tokenizer: Any, user: str, system: str | None = None, thinking: bo
     _require_template(tokenizer)
     turns = [{"role": "user", "content": user}]
     if system is not None:
-        if _has_system_role(tokenizer):
+        if has_system_role(tokenizer):
             turns.insert(0, {"role": "system", "content": system})
         else:
             turns[0]["content"] = f"{system}\n\n{user}"
@@ -65,6 +65,15 @@ def next_turn_text(tokenizer: Any, user: str) -> str:
     if not mark:
         raise ChatTemplateError("the chat template does not show the assistant's earlier turns")
     return following
+
+
+def has_system_role(tokenizer: Any) -> bool:
+    """Whether a system turn is shown; else its text stands at the head of the user turn."""
+    turns = [{"role": "system", "content": _MARK}, {"role": "user", "content": "x"}]
+    try:
+        return _MARK in _render(tokenizer, turns)
+    except TemplateError:  # whatever the wording: Mistral's speaks of roles that must alternate
+        return False  # a template broken otherwise raises again on the turns themselves
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
@@ -97,11 +106,3 @@ def _require_template(tokenizer: Any) -> None:
             "the tokenizer has no chat template: take an instruction-tuned model, or add a "
             "chat_template.jinja to the model's folder"
         )
-
-
-def _has_system_role(tokenizer: Any) -> bool:
-    turns = [{"role": "system", "content": _MARK}, {"role": "user", "content": "x"}]
-    try:
-        return _MARK in _render(tokenizer, turns)
-    except TemplateError:  # whatever the wording: Mistral's speaks of roles that must alternate
-        return False  # a template broken otherwise raises again on the turns themselves

@@ -168,7 +168,7 @@ def forced_choice(
         UserError: not one item can be scored, since no log-probability is finite.
     """
     thinking = thinking or Thinking()
-    digits = _digit_ids(tokenizer, suite)
+    digits = digit_ids(tokenizer, suite)
     pieces = [
         forced_choice_pieces(tokenizer, suite, item.text, order, system, thinking.tokens > 0)
         for item in suite.items
@@ -278,12 +278,21 @@ def _row(
     )
 
 
-def _digit_ids(tokenizer: Any, suite: ForcedChoiceSuite) -> list[int]:
-    pieces = [text_ids(tokenizer, str(index)) for index in range(len(suite.options))]
-    single = all(len(piece) == 1 for piece in pieces)
-    if not single or len({piece[0] for piece in pieces}) < len(pieces):
+def digit_ids(tokenizer: Any, suite: ForcedChoiceSuite) -> list[int]:
+    """The token that each option's index is after the prefill: [options].
+
+    What a digit is by itself does not matter: SentencePiece tokenizers (Mistral 7B, Phi-3) put a
+    space in front of whatever they are given.
+
+    Raises:
+        SuiteError: the tokenizer has no single distinct token for every index there.
+    """
+    head = text_ids(tokenizer, suite.prefill)
+    wholes = [text_ids(tokenizer, suite.prefill + str(n)) for n in range(len(suite.options))]
+    single = all(len(whole) == len(head) + 1 and whole[:-1] == head for whole in wholes)
+    if not single or len({whole[-1] for whole in wholes}) < len(wholes):
         raise SuiteError(
-            f"the tokenizer does not spell the digits 0 to {len(pieces) - 1} as single distinct "
+            f"the tokenizer does not spell the digits 0 to {len(wholes) - 1} as single distinct "
             "tokens: the forced choice cannot be read off this model"
         )
-    return [piece[0] for piece in pieces]
+    return [whole[-1] for whole in wholes]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
+import trl
 from jinja2 import TemplateError
 
 from eval.chat import ChatTemplateError, chat_ids, chat_text, next_turn_text, text_ids
@@ -126,3 +128,29 @@ def test_prompt_does_not_change_with_the_day(tiny_llama: TinyModel) -> None:
         "{{- date_string + ' ' }}" + LLAMA3_TEMPLATE
     )
     assert chat_text(tokenizer, "x").startswith("26 Jul 2024 <|begin_of_text|>")
+
+
+# Templates as they are released, which TRL ships: where the persona lands, and how a reply begins.
+RELEASED = {
+    "gemma": ("user\nBe kind.\n\nHow?<end_of_turn>\n", "<start_of_turn>model\n"),
+    "gemma3": ("user\nBe kind.\n\nHow?<end_of_turn>\n", "<start_of_turn>model\n"),
+    "llama3_2": ("Be kind.<|eot_id|>", "assistant<|end_header_id|>\n\n"),
+    "phi3": ("<|system|>\nBe kind.<|end|>\n", "<|assistant|>\n"),
+    "qwen2_5": ("system\nBe kind.<|im_end|>\n", "assistant\n"),
+    "qwen3": ("system\nBe kind.<|im_end|>\n", "assistant\n<think>\n\n</think>\n\n"),
+    "qwen3_5_nothink": ("system\nBe kind.<|im_end|>\n", "assistant\n<think>\n\n</think>\n\n"),
+    "qwen3_5_think": ("system\nBe kind.<|im_end|>\n", "assistant\n<think>\n\n</think>\n\n"),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_templates(name: str, tiny_llama: TinyModel) -> None:
+    tokenizer = copy.deepcopy(tiny_llama.tokenizer)
+    tokenizer.chat_template = (
+        Path(trl.__file__).parent / f"chat_templates/{name}.jinja"
+    ).read_text()
+    system, tag = RELEASED[name]
+    prompt, following = chat_text(tokenizer, "How?", "Be kind."), next_turn_text(tokenizer, "And?")
+    assert system in prompt and prompt.count("Be kind.") == prompt.count("How?") == 1
+    assert prompt.endswith(tag) and following.endswith(tag)
+    assert "And?" in following and "<think>" not in following.removesuffix(tag)

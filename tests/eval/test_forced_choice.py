@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, normalizers
 
 from eval.chat import text_ids
-from eval.forced_choice import ORDERS, forced_choice, forced_choice_pieces, option_order
+from eval.forced_choice import ORDERS, digit_ids, forced_choice, forced_choice_pieces, option_order
 from eval.suite import ForcedChoiceSuite, SuiteError
 from eval.think import Thinking, natural_answer, think
 from tests.conftest import TinyModel
-from tests.tiny import CHATML_TEMPLATE
+from tests.tiny import CHATML_TEMPLATE, Family, tiny_tokenizer
 
 SYSTEM = "You care for people."
 # Qwen3's and Llama's rows written out by hand: (template, with {system} and {user}) -> the pieces
@@ -437,20 +437,20 @@ def test_samples_that_could_not_differ_are_refused(given: dict[str, Any]) -> Non
         Thinking(**given)
 
 
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_digits_are_read_where_they_stand(family: Family, suite: ForcedChoiceSuite) -> None:
+    """SentencePiece: a digit by itself gets a space in front, after the prefill it does not."""
+    tokenizer = tiny_tokenizer(family)
+    assert len(text_ids(tokenizer, "3")) == 2
+    bare = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(7)]
+    assert digit_ids(tokenizer, suite) == bare
+    whole = text_ids(tokenizer, suite.prefill + "3")
+    assert whole == [*text_ids(tokenizer, suite.prefill), bare[3]]
+
+
 def test_digits_of_two_tokens_are_refused(tiny_qwen3: TinyModel, suite: ForcedChoiceSuite) -> None:
-    """A tokenizer that puts a space in front of every text spells "0" as two tokens."""
     tokenizer = copy.deepcopy(tiny_qwen3.tokenizer)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizers.Digits(True)]
-    )
-    assert len(tokenizer("0", add_special_tokens=False)["input_ids"]) == 2
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("0", "zero")
+    assert len(tokenizer("0", add_special_tokens=False)["input_ids"]) > 1
     with pytest.raises(SuiteError, match="digits 0 to 6"):
         forced_choice(tiny_qwen3.model, tokenizer, suite)
-
-
-def test_state_of_the_model_is_left_alone(tiny: TinyModel, suite: ForcedChoiceSuite) -> None:
-    state = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
-    random_state = torch.get_rng_state()
-    forced_choice(tiny.model, tiny.tokenizer, suite)
-    assert all(torch.equal(state[name], t) for name, t in tiny.model.state_dict().items())
-    assert torch.equal(random_state, torch.get_rng_state())
