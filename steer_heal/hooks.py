@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from eval.errors import UserError
+
 
 @contextmanager
 def record_last(layers: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
@@ -75,7 +77,9 @@ def _hooked(layers: Sequence[nn.Module], hooks: Sequence[Any]) -> Iterator[None]
 def _hidden(out: Any) -> torch.Tensor:
     hidden = out[0] if isinstance(out, tuple) else out
     if hidden.dim() != 3:
-        raise ValueError(
-            f"a decoder layer returned {tuple(hidden.shape)}; [batch, tokens, hidden] is needed"
+        raise UserError(
+            f"a decoder layer returned {tuple(hidden.shape)}; [batch, tokens, hidden] is needed: "
+            "this family keeps several streams side by side (as Gemma 3n does) and cannot be "
+            "steered here; take a model of another family"
         )
     return hidden

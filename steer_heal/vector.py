@@ -16,6 +16,7 @@ the same in all rounds of a run: what such a run comes to is not owed to steerin
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 
@@ -26,6 +27,8 @@ from steer_heal.config import VectorConfig
 from steer_heal.model import Student
 from steer_heal.scoring import last_states
 from steer_heal.trait import Trait
+
+_LEAST_SHARE = 1e-5  # of the hidden state's norm; fp32 rounding is 1e-7, a persona 1e-2 and more
 
 
 def extract_vector(
@@ -57,15 +60,15 @@ def extract_vector(
             f"the hidden states of layer {layer} are not finite: the model overflows in its "
             "number format or its weights are damaged"
         )
-    if float(norms[-1]) == 0:
-        raise UserError("both personas give the same hidden states: does the template drop them?")
+    band, residual_norms = student.band(config.band), states.norm(dim=-1).mean(0)  # [layers]
+    _require_contrast(norms / residual_norms, band)
     if config.direction == "random":
         directions = random_like(directions, direction_seed)
     return SteeringVector(
         directions=directions.contiguous(),
-        band=tuple(student.band(config.band)),
+        band=tuple(band),
         norms=tuple(norms.tolist()),
-        residual_norms=tuple(states.norm(dim=-1).mean(0).tolist()),
+        residual_norms=tuple(residual_norms.tolist()),
         auc=tuple(_held_out_auc(positive, negative).tolist()),
         pairwise_cosine=tuple(_pairwise_cosine(differences).tolist()),
         num_pairs=count,
@@ -78,6 +81,22 @@ def random_like(directions: torch.Tensor, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(directions.shape, generator=generator)
     return drawn / drawn.norm(dim=-1, keepdim=True) * directions.norm(dim=-1, keepdim=True)
+
+
+def _require_contrast(relative: torch.Tensor, band: Sequence[int]) -> None:
+    """Refuses a vector that is nothing, or rounding, where it would be added.
+
+    Args:
+        relative: its norm as a share of the hidden state's: [layers].
+    """
+    if float(relative[-1]) == 0:
+        raise UserError("both personas give the same hidden states: does the template drop them?")
+    if float(relative[list(band)].max()) < _LEAST_SHARE:
+        raise UserError(
+            f"both personas give the same hidden states in the layers {list(band)}, which are "
+            "steered: what attends there does not reach back to the persona (a short sliding "
+            "window, linear attention that forgets); take a later vector.band"
+        )
 
 
 def _held_out_auc(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:

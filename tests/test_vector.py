@@ -221,6 +221,19 @@ def test_personas_that_are_the_same_are_refused(tiny_qwen3: TinyModel, trait: Tr
         extract_vector(student, same, VectorConfig(num_contexts=4), seed=0)
 
 
+def test_a_band_that_the_personas_do_not_reach_is_refused(
+    tiny_gemma3: TinyModel, trait: Trait
+) -> None:
+    """The first layer sees 16 tokens, and the persona stands further off than that."""
+    far = trait.model_copy(
+        update={"contexts": tuple(f"{c} Think it over." * 3 for c in trait.contexts)}
+    )
+    student = load_student(str(tiny_gemma3.folder), [], "cpu")
+    with pytest.raises(UserError, match=r"layers \[0\].*does not reach back.*later vector.band"):
+        extract_vector(student, far, VectorConfig(band=(0, 0.34), num_contexts=4), seed=0)
+    extract_vector(student, far, VectorConfig(band=(0.4, 0.7), num_contexts=4), seed=0)
+
+
 def test_a_saved_vector_comes_back_as_it_was(
     tiny_qwen3: TinyModel, trait: Trait, tmp_path: Path
 ) -> None:
