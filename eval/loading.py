@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from eval.errors import UserError
+from eval.files import read_json
 
 
 def find_model(model_id: str | Path) -> Path:
@@ -107,12 +108,13 @@ def _load_tokenizer(folder: Path, model_id: str) -> Any:
 
 
 def _load_weights(folder: Path, model_id: str, device: torch.device) -> Any:
+    _require_gpu_for_bits(folder, model_id, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"model {model_id}: cannot be loaded ({_first_line(error)})") from error
     except Exception as error:  # safetensors has an error class of its own, of no common base
         if type(error).__module__.startswith("safetensors"):
@@ -125,6 +127,18 @@ def _load_weights(folder: Path, model_id: str, device: torch.device) -> Any:
             f"config asks for ({', '.join(missing[:3])}, ...)"
         )
     return model
+
+
+def _require_gpu_for_bits(folder: Path, model_id: str, device: torch.device) -> None:
+    """Refuses weights in bitsandbytes' 4 or 8 bits where there is no GPU for its kernels."""
+    quantised = read_json(folder / "config.json").get("quantization_config") or {}
+    bits = next((n for n in (4, 8) if quantised.get(f"load_in_{n}bit")), None)
+    if bits is not None and device.type != "cuda":
+        raise UserError(
+            f"model {model_id}: its weights are in {bits} bits by bitsandbytes, which needs an "
+            "NVIDIA GPU, and torch finds none here; take the model that it was made from, which "
+            "is not quantised, or run it where there is one"
+        )
 
 
 def _from_hub(model_id: str) -> Path:

@@ -306,6 +306,16 @@ def test_a_config_of_an_unknown_kind(tiny_qwen3: TinyModel, tmp_path: Path) -> N
     assert "no-such-family" in refused(folder)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_without_a_gpu(tiny_qwen3: TinyModel, tmp_path: Path, bits: int) -> None:
+    folder = copied(tiny_qwen3, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    message = refused(folder)
+    assert f"in {bits} bits by bitsandbytes" in message and "not quantised" in message
+
+
 def test_a_config_that_is_not_json(tiny_qwen3: TinyModel, tmp_path: Path) -> None:
     folder = copied(tiny_qwen3, tmp_path)
     (folder / "config.json").write_text("{")
