@@ -98,6 +98,9 @@ def heal(
     layers = student.band(config.layers)
     targets = [module for layer in layers for module in loaded.linear_names[layer]]
     lora = lora_config(config.rank, config.alpha, targets, loaded.model_id)
+    # before PEFT shortens the names (from 20 on, to what is unique in this very model): a vision
+    # tower that is there when the adapter is loaded, and was not when it was made, would match
+    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in lora.to_dict().items()}
     torch.manual_seed(seed)  # A is drawn when the adapter is attached
     loaded.model = attach(loaded.model, name, lora)
     try:
@@ -110,7 +113,6 @@ def heal(
     finally:
         loaded.model = detach(loaded.model, name)
     _require_moved(weights)
-    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in lora.to_dict().items()}
     return RoundAdapter(
         name=name, config=plain | {"inference_mode": True}, weights=weights, steps=steps
     )
