@@ -48,6 +48,11 @@ study *ARGS: setup
 lint *ARGS: setup
     @{{bin}}/steer-heal lint "$@"
 
+# what a run needs of a model, checked in seconds: just doctor MODEL [KEY=VALUE ...]
+[no-exit-message]
+doctor *ARGS: setup
+    @{{bin}}/steer-heal doctor "$@"
+
 # the rounds up to the best one as one PEFT folder: just export rounds/NAME my-adapter
 [no-exit-message]
 export *ARGS: setup

@@ -153,6 +153,21 @@ def lint(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="organism, a folder, or a hub id")],
+    settings: Settings = None,
+) -> None:
+    """Checks, in seconds, what a run needs of a model, one line a check; a failed one exits 1."""
+    with for_people("nothing was changed"):
+        from steer_heal.doctor import doctor as run_doctor
+
+        found = run_doctor(model, settings or [])
+        typer.echo(found)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def settings() -> None:
     """Lists every setting with its meaning and default."""
     from steer_heal.config import describe_settings

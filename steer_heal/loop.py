@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from steer_heal.artifacts import (
@@ -16,6 +17,7 @@ from steer_heal.artifacts import (
 )
 from steer_heal.calibrate import calibrate
 from steer_heal.config import EvaluateConfig, HealConfig, RunConfig
+from steer_heal.doctor import Checkup, admit
 from steer_heal.evaluate import evaluate_controls, evaluate_round, evaluate_unbarred
 from steer_heal.filter import screen
 from steer_heal.generate import generate_steered
@@ -41,6 +43,7 @@ def run_rounds(config: RunConfig, path: Path) -> None:
 
 
 def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
+    run.once(Checkup, partial(admit, trait=trait, config=config), student)
     for adapter in run.last_stack():
         student = student.grown(adapter)
     evaluate, seed = config.evaluate, run.seed("evaluate")

@@ -191,15 +191,8 @@ class HealTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor
     ) -> torch.Tensor:
         """fp32 logits at the positions that predict a completion token: [N, V]."""
-        out = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
-            output_hidden_states=[-1],  # after the final norm
-            logits_to_keep=1,
-        )
         inner = self.accelerator.unwrap_model(self.model).get_base_model()
-        return project(inner, out.hidden_states[-1][:, :-1][mask]).float()
+        return completion_logits(model, inner, inputs, mask)
 
     def _gradient_ratio(self, barred: torch.Tensor, taught: torch.Tensor) -> float | None:
         """L2 norm of the barrier's gradient over that of what is taught, both weighted.
@@ -258,6 +251,27 @@ def _targets(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
 
 def _norm(gradients: Sequence[torch.Tensor]) -> float:
     return float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+
+
+def completion_logits(
+    model: Any, base: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor
+) -> torch.Tensor:
+    """fp32 logits at chosen positions only; no others are ever made: [N, V].
+
+    Args:
+        model: what is called, with whatever is wrapped around it.
+        base: the causal LM inside, whose head projects.
+        inputs: input_ids and attention_mask, [rows, tokens] both.
+        mask: where to, [rows, tokens - 1]: the last position predicts nothing that is known.
+    """
+    out = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        use_cache=False,
+        output_hidden_states=[-1],  # after the final norm
+        logits_to_keep=1,
+    )
+    return project(base, out.hidden_states[-1][:, :-1][mask]).float()
 
 
 def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:

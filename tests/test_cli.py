@@ -19,16 +19,8 @@ from tests.processes import Command, command, portable_settings, refusal, rounds
 from tests.tiny import tiny_model_folder
 
 COMMANDS = (
-    "round",
-    "report",
-    "compare",
-    "judge",
-    "export",
-    "eval",
-    "bench",
-    "study",
-    "lint",
-    "settings",
+    *("round", "report", "compare", "judge", "export", "eval"),
+    *("bench", "study", "lint", "doctor", "settings"),
 )
 HEAVY = ("torch", "transformers", "numpy", "peft", "trl", "matplotlib")
 

@@ -32,11 +32,15 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "brokenness",
                 "manifest",
                 "trainer",
+                "reach",
+                "memory",
+                "case",
+                "checks",
             }
         ),
         True,
     ),
-    (frozenset({"vector", "generate", "calibrate", "filter", "heal", "evaluate"}), False),
+    (frozenset({"doctor", "vector", "generate", "calibrate", "filter", "heal", "evaluate"}), False),
     (
         frozenset(
             {
