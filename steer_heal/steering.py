@@ -17,7 +17,6 @@ from eval.errors import UserError
 from steer_heal.artifacts import Screened, SteeringVector
 from steer_heal.model import Student
 from steer_heal.scoring import steered_kl_nats
-from steer_heal.vector import random_like
 
 _NUM_KL_ROWS = 16  # completions that a KL is averaged over
 _KL_TOLERANCE = 0.05  # as a share: the dose is right to about half of that
@@ -63,6 +62,13 @@ def random_steerings(
         directions = random_like(vector.band_directions, _seed_of(seed, draw))
         dose, kl = _matching_dose(student, vector, directions, kept, batch_size, reach_nats)
         yield Steering(band=vector.band, directions=directions, dose=dose, kl_nats=kl)
+
+
+def random_like(directions: torch.Tensor, seed: int) -> torch.Tensor:
+    """Directions drawn at random, each with the norm of one that is given: [layers, hidden]."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(directions.shape, generator=generator)
+    return drawn / drawn.norm(dim=-1, keepdim=True) * directions.norm(dim=-1, keepdim=True)
 
 
 def _seed_of(seed: int, draw: int) -> int:

@@ -26,6 +26,7 @@ from steer_heal.artifacts import SteeringVector
 from steer_heal.config import VectorConfig
 from steer_heal.model import Student
 from steer_heal.scoring import last_states
+from steer_heal.steering import random_like
 from steer_heal.trait import Trait
 
 _LEAST_SHARE = 1e-5  # of the hidden state's norm; fp32 rounding is 1e-7, a persona 1e-2 and more
@@ -74,13 +75,6 @@ def extract_vector(
         num_pairs=count,
         weights_hash=student.loaded.weights_hash,
     )
-
-
-def random_like(directions: torch.Tensor, seed: int) -> torch.Tensor:
-    """Directions drawn at random, each with the norm of one that is given: [layers, hidden]."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(directions.shape, generator=generator)
-    return drawn / drawn.norm(dim=-1, keepdim=True) * directions.norm(dim=-1, keepdim=True)
 
 
 def _require_contrast(relative: torch.Tensor, band: Sequence[int]) -> None:

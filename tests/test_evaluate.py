@@ -29,9 +29,9 @@ from steer_heal.config import EvaluateConfig, VectorConfig
 from steer_heal.evaluate import evaluate_controls, evaluate_round
 from steer_heal.model import Student, load_student
 from steer_heal.scoring import score_completions
-from steer_heal.steering import _matching_dose, _seed_of
+from steer_heal.steering import _matching_dose, _seed_of, random_like
 from steer_heal.trait import Trait, load_trait
-from steer_heal.vector import extract_vector, random_like
+from steer_heal.vector import extract_vector
 from tests.conftest import TinyModel
 from tests.small import FOUNDATIONS, small_neutral, small_suites, small_trait
 from tests.test_stack import random_adapter

@@ -21,6 +21,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
             {
                 "stack",
                 "hooks",
+                "changes",
                 "rounds",
                 "gate",
                 "trait",
@@ -52,7 +53,9 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "watch",
                 "figures",
                 "report",
+                "drift_table",
                 "compare",
+                "judge",
                 "apart",
                 "bench",
                 "studies",
