@@ -158,7 +158,7 @@ def doctor(
     settings: Settings = None,
 ) -> None:
     """Checks, in seconds, what a run needs of a model, one line a check; a failed one exits 1."""
-    with for_people("nothing was changed"):
+    with _working("nothing was changed"):
         from steer_heal.doctor import doctor as run_doctor
 
         found = run_doctor(model, settings or [])

@@ -46,10 +46,13 @@ class Memory:
         return self.libraries + self.parameters + max(self.draft, self.score, self.heal)
 
     def __str__(self) -> str:
-        parts = ("parameters", "draft", "score", "heal")
-        listed = ", ".join(f"{part} {getattr(self, part) / GIB:.2f}" for part in parts)
+        always, stages = ("libraries", "parameters"), ("draft", "score", "heal")
+        fixed, largest = (
+            ", ".join(f"{part} {getattr(self, part) / GIB:.2f}" for part in parts)
+            for parts in (always, stages)
+        )
         whole = "" if self.device_total is None else f" of {self.device_total / GIB:.0f}"
-        return f"about {self.run / GIB:.2f}{whole} GiB ({listed})"
+        return f"about {self.run / GIB:.2f}{whole} GiB: {fixed}, and the largest of {largest}"
 
 
 def estimate_memory(
