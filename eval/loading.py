@@ -88,6 +88,12 @@ def _require_weights(folder: Path, model_id: str | Path) -> None:
             f"model {model_id}: there are no safetensors weights in {folder}; pickled weights "
             "(.bin, .pt) are not loaded"
         )
+    for index in folder.glob("*.safetensors.index.json"):
+        content = read_json(index)
+        shards = content.get("weight_map", {}).values() if isinstance(content, dict) else ()
+        for name in sorted({str(shard) for shard in shards}):
+            if Path(name).name != name:  # it would be loaded, and be in no hash
+                raise UserError(f"model {model_id}: {index} names a file elsewhere: {name!r}")
 
 
 def _load_tokenizer(folder: Path, model_id: str) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from loguru import logger
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
 from eval.errors import UserError
 from eval.files import (
@@ -65,6 +65,13 @@ class _StageRecord(BaseModel):
 
     inputs: str  # fingerprint of what went in
     files: dict[str, str]  # name -> SHA-256
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            raise ValueError("a file outside of the folder")
+        return files
 
 
 _RECORDS = TypeAdapter(dict[str, _StageRecord])

@@ -229,6 +229,18 @@ def test_a_folder_without_weights(tiny_qwen3: TinyModel, tmp_path: Path) -> None
     assert "no safetensors weights" in refused(folder)
 
 
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/tmp/model.safetensors"])
+def test_an_index_that_names_a_file_elsewhere(
+    tiny_qwen3: TinyModel, tmp_path: Path, name: str
+) -> None:
+    """It would be loaded, and the hash of the folder would not know of it."""
+    folder = copied(tiny_qwen3, tmp_path)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    message = refused(folder)
+    assert str(index) in message and repr(name) in message
+
+
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_refused(tiny_qwen3: TinyModel, device: str) -> None:
     if torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available():
