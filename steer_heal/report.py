@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from loguru import logger
 
 from eval.files import write_bytes, write_text
@@ -24,10 +23,9 @@ from steer_heal.guards import RETENTION_GATE, Alarm, alarms
 from steer_heal.saved import SavedRun, read_saved_run
 from steer_heal.summary import Summary, summarise
 from steer_heal.watch import early_stop
-from steer_heal.wording import bounds, nats, percent, percent_bounds, plain_bounds, visible
+from steer_heal.wording import percent, templates
 
 PAGE_FILE, PLOT_FILE, TABLE_FILE = "report.html", "drift.png", "drift.csv"
-TEMPLATES_FOLDER = Path(__file__).parent / "templates"
 NUM_DIARY_PROMPTS = 6
 
 
@@ -89,31 +87,19 @@ def drift_of(report: Summary) -> Drift:
 
 def render_page(report: Summary, plots: Mapping[str, bytes]) -> str:
     """The page as one file: model text is escaped, the plots (layout_theme -> PNG) are embedded."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": percent,
-        "percent_bounds": percent_bounds,
-        "fixed": fixed,
-        "nats": nats,
-        "bounds": bounds,
-        "plain_bounds": plain_bounds,
-        "visible": visible,
-    }
-    return environment.get_template("report.html").render(
-        report=report,
-        diary=diary_of(report.run),
-        plots={name: base64.b64encode(plot).decode() for name, plot in plots.items()},
-        command=command_of(report.run.description.config),
-        settings=list(_flat(report.run.description.config)),
-        retention_gate=RETENTION_GATE,
-        warnings=[list(found) for _, found in itertools.groupby(alarms(report), _name)],
-        done=early_stop(report),
+    return (
+        templates(is_html=True)
+        .get_template("report.html")
+        .render(
+            report=report,
+            diary=diary_of(report.run),
+            plots={name: base64.b64encode(plot).decode() for name, plot in plots.items()},
+            command=command_of(report.run.description.config),
+            settings=list(_flat(report.run.description.config)),
+            retention_gate=RETENTION_GATE,
+            warnings=[list(found) for _, found in itertools.groupby(alarms(report), _name)],
+            done=early_stop(report),
+        )
     )
 
 

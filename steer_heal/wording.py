@@ -1,6 +1,11 @@
-"""How figures are written for people, on the page and in the log."""
+"""How figures are written for people, on the page, on a model card and in the log."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.statistics import Interval
 from eval.summary import fixed
@@ -44,3 +49,39 @@ def visible(text: str) -> str:
         chr(0x2400 + ord(letter)) if ord(letter) < 32 and letter not in "\n\t" else letter
         for letter in text
     )
+
+
+def fenced(text: str) -> str:
+    """Markdown: a code block whose fence is longer than any run of backticks in the text."""
+    fence = "`" * max(3, _longest_ticks(text) + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def code(text: str) -> str:
+    """Markdown: a code span of one line, whatever backticks are in it."""
+    ticks = "`" * (_longest_ticks(text) + 1)
+    edge = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{edge}{' '.join(text.split())}{edge}{ticks}"
+
+
+def templates(*, is_html: bool) -> Environment:
+    """The templates, with the functions above as filters.
+
+    Args:
+        is_html: whether what is filled in is escaped.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=is_html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=not is_html,
+    )
+    written = (percent, percent_bounds, fixed, nats, bounds, plain_bounds, visible, fenced, code)
+    environment.filters |= {function.__name__: function for function in written}
+    return environment
+
+
+def _longest_ticks(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
