@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from eval.coherence import Surprisal, TextFigures
@@ -92,7 +93,7 @@ class SteeringVector:
         for constant in ("operation", "site", "token"):
             meta.pop(constant)
         lists = {key: tuple(value) for key, value in meta.items() if isinstance(value, list)}
-        directions = load_file(folder / "vector.safetensors")["directions"]
+        directions = _read_tensors(folder / "vector.safetensors")["directions"]
         return cls(directions=directions, **(meta | lists))
 
     def digest(self) -> str:
@@ -278,7 +279,7 @@ class RoundAdapter:
         return cls(
             name=f"r{folder.name.rpartition('-')[2]}",
             config=json.loads(config),
-            weights=load_file(folder / "adapter" / "adapter_model.safetensors"),
+            weights=_read_tensors(folder / "adapter" / "adapter_model.safetensors"),
             steps=_read_lines(folder / "train.jsonl", TrainStep),
         )
 
@@ -385,6 +386,13 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     # Not save_file: on a full disk it raises an error of its own instead of an OSError. One key of
     # metadata, no more: safetensors writes several in random order, and bytes must be the same.
     path.write_bytes(save(dict(tensors), {"format": "pt"}))
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:  # of no common base with other errors
+        raise ValueError(f"{path.name} is truncated or corrupt: {error}") from error
 
 
 def _write_lines(path: Path, rows: Iterable[BaseModel]) -> None:

@@ -22,6 +22,13 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from steer_heal.artifacts import RoundAdapter
 
+_NOT_PLAIN = (  # settings of a LoRA with which it is more than (alpha / rank) * B A
+    *("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"),
+    *("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters"),
+    *("trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config"),
+    "monteclora_config",
+)
+
 
 @contextmanager
 def only(model: Any, names: Sequence[str]) -> Iterator[None]:
@@ -132,7 +139,7 @@ def fold(adapters: Sequence[RoundAdapter], name: str = "folded") -> RoundAdapter
     if not adapters:
         raise ValueError("no adapter to fold")
     for adapter in adapters:
-        _require_plain(adapter)
+        require_plain(adapter)
     rank = sum(adapter.rank for adapter in adapters)
     modules = sorted({key.rpartition(".lora_")[0] for a in adapters for key in a.weights})
     weights = {}
@@ -152,16 +159,15 @@ def fold(adapters: Sequence[RoundAdapter], name: str = "folded") -> RoundAdapter
     return RoundAdapter(name=name, config=config, weights=weights, steps=())
 
 
-def _require_plain(adapter: RoundAdapter) -> None:
-    odd = (
-        "use_rslora",
-        "use_dora",
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-        "lora_bias",
-    )
-    for field in odd:
+def require_plain(adapter: RoundAdapter) -> None:
+    """Refuses, by name, what is more than W + (alpha / rank) * B A.
+
+    Raises:
+        ValueError: DoRA, PiSSA and their like, a bias, whole modules, a rank or alpha a module.
+    """
+    if adapter.config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"adapter {adapter.name}: it is no LoRA and cannot be folded without loss")
+    for field in _NOT_PLAIN:
         if adapter.config.get(field):
             raise ValueError(f"adapter {adapter.name}: {field} cannot be folded without loss")
     if adapter.config.get("bias", "none") != "none":
