@@ -53,7 +53,7 @@ lint *ARGS: setup
 doctor *ARGS: setup
     @{{bin}}/steer-heal doctor "$@"
 
-# the rounds up to the best one as one PEFT folder: just export rounds/NAME my-adapter
+# the rounds up to the best one as one LoRA: just export rounds/NAME my-adapter [as=merged]
 [no-exit-message]
 export *ARGS: setup
     @{{bin}}/steer-heal export "$@"

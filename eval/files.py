@@ -80,6 +80,16 @@ def move_into_place(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
+def move_folder_into_place(source: Path, target: Path) -> None:
+    """Flushes every file of a folder and renames the folder; `target` must not be there."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)  # as above
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    os.replace(source, target)
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -81,17 +81,20 @@ def judge(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a folder in rounds/")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="a folder that is not there yet")],
-    rounds: Annotated[
-        int | None, typer.Option(help="the first so many; by default up to the best round")
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="what is not there yet")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE...",
+            help="round=best or a number; as=adapter, merged, vector or gguf-vector; rank=64",
+        ),
     ] = None,
 ) -> None:
-    """Folds a run's rounds, up to the best one, into one standard PEFT adapter folder."""
+    """Writes a run's rounds, up to the best one, as one adapter that is proved to load."""
     with _working("nothing was written"):
-        from steer_heal.export import export_adapter
+        from steer_heal.export import export as write_export
 
-        count = export_adapter(_run_folder(run), out, rounds)
-        typer.echo(f"adapter: {out} (the sum of the first {count} rounds)")
+        typer.echo(write_export(_run_folder(run), out, settings or []))
 
 
 @app.command(name="eval")

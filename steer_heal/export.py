@@ -1,50 +1,179 @@
-"""One servable adapter from a run: its stack up to the best round, as a standard PEFT folder."""
+"""A run's result for others to load: an adapter, a full checkpoint, or a steering vector.
+
+Adapters and checkpoints are proved before they are there: a fresh process loads them, and what it
+says is compared with the run's student and with the base (proof.py). They are written beside OUT
+and renamed to it at the end: whatever goes wrong leaves nothing behind.
+"""
 
 from __future__ import annotations
 
-import os
-import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import AfterValidator, PositiveInt, model_validator
 
 from eval.errors import UserError
-from steer_heal.rounds import Run, read_run
-from steer_heal.saved import read_saved_run
+from eval.files import (
+    disk_errors,
+    move_folder_into_place,
+    move_into_place,
+    read_json,
+    scratch_folder,
+    write_json,
+    write_text,
+)
+from eval.settings import Settings, resolve_settings
+from steer_heal.artifacts import RoundAdapter
+from steer_heal.card import Exported, card_text, served_base
+from steer_heal.merge import write_merged
+from steer_heal.model import load_student, resolve_model
+from steer_heal.proof import Reference, prove, reference
+from steer_heal.rounds import Run
+from steer_heal.saved import SavedRun, read_saved_run
+from steer_heal.servable import SERVED_RANKS, at_served_rank, require_sound
 from steer_heal.stack import fold
-from steer_heal.summary import summarise
+from steer_heal.summary import Summary, summarise
+from steer_heal.vector_files import read_gguf, read_vector, write_gguf
+
+EXPORT_FILE, CARD_FILE = "export.json", "README.md"
 
 
-def export_adapter(run_path: Path, out: Path, num_rounds: int | None = None) -> int:
-    """Writes the sum of a run's first rounds as one LoRA to `out`, exactly, in fp32.
+def _require_served(rank: int) -> int:
+    if rank not in SERVED_RANKS:
+        raise ValueError(f"vLLM serves the ranks {', '.join(map(str, SERVED_RANKS))}")
+    return rank
 
-    Args:
-        num_rounds: how many; None: up to the best round, as the report marks it.
-    Returns:
-        How many rounds it is the sum of.
+
+class ExportConfig(Settings):
+    """What is exported of a run."""
+
+    round: Literal["best"] | PositiveInt = "best"
+    """The sum of the rounds up to this one, or the vector of this one; best: as the page marks."""
+    form: Literal["adapter", "merged", "vector", "gguf-vector"] = "adapter"
+    """A LoRA, a full checkpoint, the steering vector, or that as a llama.cpp control vector."""
+    rank: Annotated[int, AfterValidator(_require_served)] | None = None
+    """Rank of the adapter; by default the least served one that holds all of it exactly."""
+
+    @model_validator(mode="after")
+    def _rank_of_an_adapter(self) -> ExportConfig:
+        if self.rank is not None and self.form != "adapter":
+            raise ValueError(f"rank is of an adapter: as={self.form} takes none")
+        return self
+
+
+def export(run_path: Path, out: Path, settings: Sequence[str] = ()) -> str:
+    """Writes what the settings ask for to `out`; returns what was written, as text.
+
     Raises:
-        UserError: no run, no finished round, none that is coherent, fewer than asked for, a damaged
-            adapter, or `out` is there already.
+        UserError: a bad setting, no run, no finished or no coherent round, fewer rounds than asked
+            for, a damaged adapter or one that does not fit its base, another base than the run's,
+            an export that is not proved, or `out` is there already.
     """
+    config = resolve_settings(ExportConfig, settings, {"as": "form"})
     if out.exists():
-        raise UserError(f"{out} is there already; take it away or name another folder")
+        raise UserError(f"{out} is there already; take it away or name another one")
     if not out.parent.is_dir():
         raise UserError(f"{out.parent} is no folder to write {out.name} into")
-    adapters = Run(run_path, read_run(run_path)["config"]["seed"]).last_stack()
-    if not adapters:
-        raise UserError(f"{run_path}: no round is finished yet, so there is nothing to export")
-    count = _best(run_path) if num_rounds is None else num_rounds
-    if not 1 <= count <= len(adapters):
-        raise UserError(f"{run_path} has {len(adapters)} finished rounds; --rounds {count} asks")
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as scratch:
-        fold(adapters[:count]).save(Path(scratch))
-        os.replace(Path(scratch) / "adapter", out)
-    return count
+    saved = read_saved_run(run_path)
+    summary = summarise(saved)
+    number = _number(summary, config.round)
+    if config.form in ("vector", "gguf-vector"):
+        return _export_vector(saved, number, config.form, out)
+    exported = _export_weights(summary, number, config, out)
+    return f"{config.form}: {out} ({exported.text}); {exported.proof.text}"
 
 
-def _best(run_path: Path) -> int:
-    """The number of the best round, from 1."""
-    best = summarise(read_saved_run(run_path)).best
-    if best is None:
-        raise UserError(
-            f"{run_path}: no round stayed coherent, so none is best; --rounds N takes the first N"
+def _number(summary: Summary, asked: Literal["best"] | int) -> int:
+    """The number of the round asked for, from 1."""
+    path, count = summary.run.path, len(summary.rounds)
+    if asked == "best":
+        if summary.best is None:
+            raise UserError(
+                f"{path}: no round stayed coherent, so none is best; round=N takes the first N"
+            )
+        return summary.best.number
+    if asked > count:
+        raise UserError(f"{path} has {count} finished rounds; round={asked} asks for more")
+    return asked
+
+
+def _export_vector(saved: SavedRun, number: int, form: str, out: Path) -> str:
+    each = saved.rounds[number - 1]
+    vector, dose = each.vector, each.screened.mean_kept_dose
+    on = f"the student after round {number - 1}" if number > 1 else "the base"
+    about = f"of round {number}, taken from {on}; its kept completions have dose {dose:.3g}"
+    with disk_errors(out), scratch_folder(out.parent) as scratch:
+        target = scratch / out.name
+        if form == "vector":
+            target.mkdir()
+            vector.save(target)
+            origin = {"model": saved.description.config["model"], "round": number, "form": form}
+            write_json(target / EXPORT_FILE, origin)
+            read_vector(target, saved.description.model)
+            move_folder_into_place(target, out)
+            return f"vector: {out} ({about})"
+        base = resolve_model(saved.description.config["model"])
+        directions = {layer: vector.directions[layer] for layer in vector.band}
+        write_gguf(directions, target, read_json(base / "config.json")["model_type"])
+        num_layers, hidden = vector.directions.shape
+        read_gguf(target, num_layers=num_layers, hidden=hidden)
+        move_into_place(target, out)
+    use = f"llama-server -m MODEL.gguf --control-vector-scaled {out}:{dose:.3g}"
+    return f"control vector: {out} ({about}); use: {use}"
+
+
+def _export_weights(summary: Summary, number: int, config: ExportConfig, out: Path) -> Exported:
+    saved = summary.run
+    adapters = Run(saved.path, saved.description.config["seed"]).last_stack()[:number]
+    model_id = saved.description.config["model"]
+    wanted = _reference(saved, adapters)
+    folded, base = fold(adapters), resolve_model(model_id)
+    with disk_errors(out), scratch_folder(out.parent) as scratch:
+        target = scratch / config.form
+        if config.form == "merged":
+            dtype = write_merged(base, folded, target)
+            proof = prove(wanted, target, None, dtype == torch.float32, scratch)
+            rank = None
+        else:
+            served, is_cut = at_served_rank(folded, config.rank)
+            _of_base(served, model_id).save(scratch)  # into adapter/
+            proof = prove(wanted, base, target, not is_cut, scratch)
+            rank, dtype = served.rank, torch.float32
+        exported = Exported(
+            form=config.form,
+            num_rounds=number,
+            stack_rank=folded.rank,
+            rank=rank,
+            dtype=str(dtype).removeprefix("torch."),
+            proof=proof,
         )
-    return best.number
+        write_json(target / EXPORT_FILE, asdict(exported))
+        write_text(target / CARD_FILE, card_text(summary, exported, out))
+        move_folder_into_place(target, out)
+    return exported
+
+
+def _of_base(adapter: RoundAdapter, model_id: str) -> RoundAdapter:
+    """The adapter with its base as others find it, not by the names of this project."""
+    place, revision = served_base(model_id)
+    named = {"base_model_name_or_path": place, "revision": revision}
+    return replace(adapter, config=dict(adapter.config) | named)
+
+
+def _reference(saved: SavedRun, adapters: Sequence[RoundAdapter]) -> Reference:
+    """What the run's student says; the model is gone afterwards, to leave room for the next."""
+    model_id = saved.description.config["model"]
+    student = load_student(model_id, [], "cpu")  # fp32: what is compared is not rounded
+    if student.loaded.weights_hash != saved.description.model:
+        raise UserError(
+            f"model {model_id} is not the one that {saved.path} was made on: its weights have "
+            "changed, and an adapter fits no others"
+        )
+    for adapter, each in zip(adapters, saved.rounds, strict=False):
+        require_sound(adapter, student.loaded.model, saved.path / each.folder / "adapter")
+    for adapter in adapters:
+        student = student.grown(adapter)
+    return reference(student, saved.trait)

@@ -283,17 +283,17 @@ def test_run_of_an_older_version_is_named_and_left_alone(
 # ----------------------------------------------------------------------------------------- report
 
 
-@pytest.mark.parametrize("name", ["report", "compare"])
+@pytest.mark.parametrize("name", ["report", "compare", "export"])
 def test_run_that_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
     runs = ["nowhere"] if name == "report" else ["nowhere", "nor-here"]
     assert "no run nowhere" in _refused(tmp_path, name, *runs)
 
 
-@pytest.mark.parametrize("name", ["report", "compare"])
+@pytest.mark.parametrize("name", ["report", "compare", "export"])
 def test_folder_that_is_no_run_is_refused(name: str, tmp_path: Path) -> None:
     for folder in ("empty", "too"):
         (tmp_path / "rounds" / folder).mkdir(parents=True)
-    runs = ["empty"] if name == "report" else ["empty", "too"]
+    runs = {"report": ["empty"], "compare": ["empty", "too"], "export": ["empty", "out"]}[name]
     assert "is not a run" in _refused(tmp_path, name, *runs)
 
 
