@@ -94,7 +94,8 @@ def serving_lines(exported: Exported, model_id: str, out: Path) -> list[list[str
         ]
     lora = ["--enable-lora", "--max-lora-rank", str(exported.rank)]
     at = ["--revision", revision] if revision else []
-    where = "--base" if Path(base).is_dir() or model_id == ORGANISM else "--base-model-id"
+    is_local = model_id == ORGANISM or Path(base).expanduser().is_dir()
+    where = "--base" if is_local else "--base-model-id"
     convert = ["python", "convert_lora_to_gguf.py", where, base, "--outfile", gguf, path]
     return [
         ["vllm", "serve", base, *at, *lora, "--lora-modules", named],
@@ -106,5 +107,9 @@ def serving_lines(exported: Exported, model_id: str, out: Path) -> list[list[str
 
 def served_base(model_id: str) -> tuple[str, str | None]:
     """The base as servers take it, a folder or a hub id, and its revision."""
+    if model_id == ORGANISM:
+        return _ORGANISM_PATH, None
+    if Path(model_id).expanduser().is_dir():  # an @ in its name is no revision
+        return model_id, None
     place, _, revision = model_id.partition("@")
-    return _ORGANISM_PATH if model_id == ORGANISM else place, revision or None
+    return place, revision or None

@@ -48,8 +48,11 @@ def test_a_merged_model_is_served_alone() -> None:
 
 
 def test_a_local_base_is_converted_from_its_folder(tmp_path: Path) -> None:
-    lines = serving_lines(exported(), str(tmp_path), Path("a b"))
-    assert lines[2][2:4] == ["--base", str(tmp_path)]
+    base = tmp_path / "model@home"
+    base.mkdir()
+    lines = serving_lines(exported(), str(base), Path("a b"))
+    assert lines[0][:4] == ["vllm", "serve", str(base), "--enable-lora"]
+    assert lines[2][2:4] == ["--base", str(base)]
     assert all(shlex.split(shlex.join(line)) == line for line in lines)
 
 
