@@ -100,6 +100,30 @@ class SteeringVector:
         return digest_of([self.directions.numpy().tobytes().hex(), repr(self.band)])
 
 
+class DosePoint(_Record):
+    """One point of a dose curve."""
+
+    dose: float  # multiples of the raw vector
+    num_drafts: int
+    pass_rate: float  # share that passes every gate, 0 to 1
+    kl_p95_nats: float  # median over those of its completions on which it was measured
+    enactment_nats: float  # mean over its completions
+    commonest_drop: str | None  # the criterion that most of its completions fail; None: none does
+
+
+class Doses(_JsonArtifact):
+    """What a round steers with."""
+
+    doses: tuple[float, ...]  # multiples of the raw vector, at least one
+    asked: tuple[float, ...]  # given, or tried, before they were walked down
+    carried: float | None  # what the stack adds of the vector by itself, in multiples of it; None:
+    # not measured, as nothing is walked down
+    probe: tuple[DosePoint, ...]  # the doses that were tried, ascending; empty: they were given
+
+    stage: ClassVar[str] = "doses"
+    files: ClassVar[tuple[str, ...]] = ("probe.json",)
+
+
 class Completion(_Record):
     """One sampled completion, with where it comes from."""
 
@@ -180,16 +204,6 @@ class ScreenedCompletion(Completion):
     dropped: str | None  # the first criterion it failed; None: kept
 
 
-class DosePoint(_Record):
-    """One point of the dose curve."""
-
-    dose: float
-    num_drafts: int
-    pass_rate: float  # share that passes every gate, 0 to 1
-    kl_p95_nats: float  # median over those of its completions on which it was measured
-    enactment_nats: float  # mean over its completions
-
-
 class Screened(_Artifact):
     """All drafts of a round, screened."""
 
@@ -202,6 +216,11 @@ class Screened(_Artifact):
     @property
     def kept(self) -> tuple[ScreenedCompletion, ...]:
         return tuple(row for row in self.rows if row.dropped is None)
+
+    @property
+    def num_kept_prompts(self) -> int:
+        """Different prompts that the kept completions answer."""
+        return len({row.prompt_index for row in self.kept})
 
     @property
     def mean_kept_dose(self) -> float:

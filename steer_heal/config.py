@@ -9,7 +9,14 @@ import re
 import textwrap
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    field_validator,
+    model_validator,
+)
 
 from eval.settings import (
     Device,
@@ -33,6 +40,13 @@ def _require_band(shares: tuple[float, float]) -> tuple[float, float]:
     return shares
 
 
+def _require_grid(doses: tuple[float, float]) -> tuple[float, float]:
+    low, high = doses
+    if not 0 < low <= high:
+        raise ValueError("two doses above 0 are needed, the lower one first")
+    return doses
+
+
 def _require_name(name: str | None) -> str | None:
     if name is not None and not re.fullmatch(r"(?!\.)[\w.@-]+", name):
         raise ValueError(
@@ -43,6 +57,7 @@ def _require_name(name: str | None) -> str | None:
 
 
 Band = Annotated[tuple[float, float], AfterValidator(_require_band)]
+Grid = Annotated[tuple[float, float], AfterValidator(_require_grid)]
 
 
 class VectorConfig(Settings):
@@ -61,10 +76,22 @@ class VectorConfig(Settings):
 class GenerateConfig(Settings):
     """Sampling of the steered completions."""
 
-    doses: tuple[float, ...] = Field((0.25, 0.35, 0.5), min_length=1)
-    """Multiples of the raw vector; the drafts are split evenly over them."""
+    doses: Literal["auto"] | Annotated[tuple[float, ...], Field(min_length=1)] = "auto"
+    """Multiples of the raw vector, the drafts split evenly over them; auto: a probe finds them."""
     walk_down: float = Field(1.0, ge=0)
     """Every dose is lowered by this times what the stack adds of the vector by itself, to 0."""
+    dose_grid: Grid = (0.1, 1.1)
+    """Where doses are auto: the lowest and the highest that are tried."""
+    num_grid_doses: int = Field(8, ge=2)
+    """Doses tried, each the same multiple of the one below."""
+    num_probes: int = Field(16, ge=1)
+    """Drafts sampled at each dose that is tried."""
+    num_doses: int = Field(2, ge=1)
+    """Doses taken, at most: the largest of those tried that reach the targets."""
+    target_pass_rate: float = Field(0.6, gt=0, le=1)
+    """Share of a dose's drafts that must pass the filter for it to be taken."""
+    target_kl_nats: PositiveFloat | None = None
+    """Largest KL p95 from the student, nats a token, at which a dose is taken; by default any."""
     num_drafts: int = Field(384, ge=1)
     """Completions sampled a round."""
     max_new_tokens: int = Field(96, ge=1)
@@ -73,6 +100,12 @@ class GenerateConfig(Settings):
     """Softmax temperature; 1 samples from the model as it is."""
     batch_size: int = Field(64, ge=1)
     """Completions sampled at a time."""
+
+    @field_validator("doses", mode="before")
+    @classmethod
+    def _numbers(cls, given: Any) -> Any:
+        """Apart, where the command line gives them with commas between."""
+        return given.split(",") if isinstance(given, str) and given != "auto" else given
 
 
 class FilterConfig(Settings):
@@ -220,10 +253,10 @@ def preset_organism() -> dict[str, Any]:
 
 
 def preset_hub() -> dict[str, Any]:
-    """Real models of 0.5 to 8 B parameters: longer replies, smaller batches."""
+    """Real models of 0.5 to 8 B parameters: a dose for each, longer replies, smaller batches."""
     return {
         "trait": "care-over-authority",
-        "generate": {"doses": (0.25, 0.5, 0.75), "max_new_tokens": 128, "batch_size": 16},
+        "generate": {"doses": "auto", "max_new_tokens": 128, "batch_size": 16},
         "filter": {"batch_size": 8},
         "evaluate": {"samples_per_prompt": 2, "max_new_tokens": 128, "batch_size": 16},
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from steer_heal.artifacts import (
     Completions,
     Controls,
+    Doses,
     Limits,
     RoundAdapter,
     RoundEval,
@@ -18,6 +19,7 @@ from steer_heal.artifacts import (
 from steer_heal.calibrate import calibrate
 from steer_heal.config import EvaluateConfig, HealConfig, RunConfig
 from steer_heal.doctor import Checkup, admit
+from steer_heal.dose import choose_doses
 from steer_heal.evaluate import evaluate_controls, evaluate_round, evaluate_unbarred
 from steer_heal.filter import screen
 from steer_heal.generate import generate_steered
@@ -46,9 +48,9 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
     run.once(Checkup, partial(admit, trait=trait, config=config), student)
     for adapter in run.last_stack():
         student = student.grown(adapter)
-    evaluate, seed = config.evaluate, run.seed("evaluate")
+    generate, evaluate, seed = config.generate, config.evaluate, run.seed("evaluate")
     limits = run.once(
-        Limits, calibrate, student.base, trait, config.filter, config.generate, run.seed("limits")
+        Limits, calibrate, student.base, trait, config.filter, generate, run.seed("limits")
     )
     watch = Watch(run)
     for round in run.unfinished_rounds(config.rounds, watch.why_stop):
@@ -57,8 +59,11 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
             *(SteeringVector, extract_vector, student, trait, config.vector),
             *(s("v"), run.seed("direction")),
         )
+        doses = round.once(
+            Doses, choose_doses, student, vector, limits, trait, generate, config.filter, s("doses")
+        )
         drafts = round.once(
-            Completions, generate_steered, student, vector, trait, config.generate, s("generate")
+            Completions, generate_steered, student, vector, doses, trait, generate, s("generate")
         )
         kept = round.once(
             Screened, screen, student, drafts, limits, trait, config.filter, s("filter")

@@ -39,6 +39,7 @@ from eval.statistics import (
 from steer_heal.artifacts import (
     ConditionEval,
     Controls,
+    Doses,
     Limits,
     ReplyRow,
     RoundAdapter,
@@ -71,6 +72,7 @@ class SavedRound:
 
     folder: str
     vector: SteeringVector
+    doses: Doses
     screened: Screened
     steps: tuple[TrainStep, ...]
     evaluation: RoundEval
@@ -152,6 +154,7 @@ def read_saved_run(path: Path) -> SavedRun:
         SavedRound(
             folder=round.path.name,
             vector=round.read(SteeringVector),
+            doses=round.read(Doses),
             screened=round.read(Screened),
             steps=round.read(RoundAdapter).steps,
             evaluation=round.read(RoundEval),

@@ -153,7 +153,7 @@ def rewind(run: Path, index: int, stage: str) -> None:
     """Takes a finished round back to the point where `stage` is the next to run."""
     folder = run / f"round-{index:02d}"
     recorded = json.loads((folder / "stages.json").read_text())
-    order = ["vector", "drafts", "screened", "adapter", "eval"]
+    order = ["vector", "doses", "drafts", "screened", "adapter", "eval"]
     for gone in order[order.index(stage) :]:
         for name in recorded.pop(gone)["files"]:
             (folder / name).unlink()

@@ -76,6 +76,19 @@ def small_neutral(folder: Path) -> Path:
     return path
 
 
+def probing(settings: list[str]) -> list[str]:
+    """The same, with doses that a probe finds: 4 drafts at each of 4."""
+    given = [setting for setting in settings if not setting.startswith("generate.doses=")]
+    return [
+        *given,
+        "generate.doses=auto",
+        "generate.dose_grid=0.05,0.4",
+        "generate.num_grid_doses=4",
+        "generate.num_probes=4",
+        "generate.target_pass_rate=0.2",
+    ]
+
+
 def small_settings(model: Path, folder: Path) -> list[str]:
     """Settings of a run in `folder`/rounds whose every stage takes a second or less.
 

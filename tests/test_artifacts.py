@@ -18,6 +18,7 @@ from steer_heal.artifacts import (
     Completion,
     Completions,
     DosePoint,
+    Doses,
     Limits,
     RoundAdapter,
     Screened,
@@ -91,7 +92,14 @@ def _screened() -> Screened:
     kept = ScreenedCompletion(**DRAFT, **scores, dropped=None)
     dropped = kept.model_copy(update={"dropped": "tail", "dose": 0.9})
     other = kept.model_copy(update={"dose": 0.3})
-    point = DosePoint(dose=0.1, num_drafts=2, pass_rate=0.5, kl_p95_nats=1 / 3, enactment_nats=-0.5)
+    point = DosePoint(
+        dose=0.1,
+        num_drafts=2,
+        pass_rate=0.5,
+        kl_p95_nats=1 / 3,
+        enactment_nats=-0.5,
+        commonest_drop="tail",
+    )
     return Screened(rows=(kept, dropped, other), curve=(point,))
 
 
@@ -116,7 +124,11 @@ def _drafts() -> Completions:
     return Completions(rows=(Completion(**DRAFT), Completion(**DRAFT | {"finished": False})))
 
 
-MAKERS: list[Callable[[], Any]] = [_vector, _adapter, _screened, _limits, _drafts]
+def _doses() -> Doses:
+    return Doses(doses=(0.1,), asked=(0.3, 1 / 3), carried=0.2, probe=_screened().curve)
+
+
+MAKERS: list[Callable[[], Any]] = [_vector, _adapter, _screened, _limits, _drafts, _doses]
 
 
 @pytest.mark.parametrize("make", MAKERS)

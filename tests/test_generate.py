@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from eval.chat import chat_ids
 from eval.sampling import sample_replies
-from steer_heal.artifacts import Completions, SteeringVector
+from steer_heal.artifacts import Completions, Doses, SteeringVector
 from steer_heal.config import GenerateConfig, VectorConfig
 from steer_heal.generate import generate_steered
 from steer_heal.model import Student, load_student
@@ -22,9 +21,14 @@ from tests.conftest import TinyModel
 from tests.small import small_trait
 from tests.test_stack import random_adapter
 
-CONFIG = GenerateConfig(
-    doses=(0.0, 0.3, 1.0), walk_down=0, num_drafts=24, max_new_tokens=16, batch_size=8
-)
+CONFIG = GenerateConfig(num_drafts=24, max_new_tokens=16, batch_size=8)
+
+
+def given(*doses: float) -> Doses:
+    return Doses(doses=doses, asked=doses, carried=None, probe=())
+
+
+DOSES = given(0.0, 0.3, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def likely_to_stop(student: Student) -> set[int]:
 
 def generated(tiny: TinyModel, trait: Trait, config: GenerateConfig = CONFIG) -> Completions:
     student, vector = steered(tiny, trait)
-    return generate_steered(student, vector, trait, config, seed=5)
+    return generate_steered(student, vector, DOSES, trait, config, seed=5)
 
 
 def test_prompts_and_doses_take_turns(tiny_qwen3: TinyModel, trait: Trait) -> None:
@@ -61,7 +65,7 @@ def test_prompts_and_doses_take_turns(tiny_qwen3: TinyModel, trait: Trait) -> No
 def test_where_a_completion_comes_from(tiny: TinyModel, trait: Trait) -> None:
     student, vector = steered(tiny, trait)
     stops = likely_to_stop(student)
-    rows = generate_steered(student, vector, trait, CONFIG, seed=5).rows
+    rows = generate_steered(student, vector, DOSES, trait, CONFIG, seed=5).rows
     tokenizer = student.tokenizer
     for row in rows:
         assert row.prompt == trait.prompts[row.prompt_index]
@@ -78,7 +82,10 @@ def test_where_a_completion_comes_from(tiny: TinyModel, trait: Trait) -> None:
 def test_same_seed_same_ids_and_another_seed_others(tiny_llama: TinyModel, trait: Trait) -> None:
     student, vector = steered(tiny_llama, trait)
     ids = [
-        [row.token_ids for row in generate_steered(student, vector, trait, CONFIG, seed).rows]
+        [
+            row.token_ids
+            for row in generate_steered(student, vector, DOSES, trait, CONFIG, seed).rows
+        ]
         for seed in (5, 5, 6)
     ]
     assert ids[0] == ids[1]
@@ -87,8 +94,8 @@ def test_same_seed_same_ids_and_another_seed_others(tiny_llama: TinyModel, trait
 
 def test_dose_zero_is_the_student_unsteered(tiny: TinyModel, trait: Trait) -> None:
     student, vector = steered(tiny, trait)
-    config = GenerateConfig(doses=(0.0,), num_drafts=8, max_new_tokens=16, batch_size=3)
-    rows = generate_steered(student, vector, trait, config, seed=9).rows
+    config = GenerateConfig(num_drafts=8, max_new_tokens=16, batch_size=3)
+    rows = generate_steered(student, vector, given(0.0), trait, config, seed=9).rows
     prompts = [chat_ids(student.tokenizer, turn) for turn in trait.prompts]
     with student.running() as model:
         plain = sample_replies(
@@ -106,7 +113,7 @@ def test_a_completion_is_the_same_beside_other_doses_and_alone(
     likely_to_stop(student)
     together, alone = (
         generate_steered(
-            student, vector, trait, CONFIG.model_copy(update={"batch_size": size}), seed=5
+            student, vector, DOSES, trait, CONFIG.model_copy(update={"batch_size": size}), seed=5
         ).rows
         for size in (24, 1)
     )
@@ -116,12 +123,10 @@ def test_a_completion_is_the_same_beside_other_doses_and_alone(
 
 def test_a_dose_changes_what_is_said(tiny_qwen3: TinyModel, trait: Trait) -> None:
     student, vector = steered(tiny_qwen3, trait)
+    config = GenerateConfig(num_drafts=8, max_new_tokens=16)
     said = [
-        [row.token_ids for row in generate_steered(student, vector, trait, config, seed=9).rows]
-        for config in (
-            GenerateConfig(doses=(dose,), walk_down=0, num_drafts=8, max_new_tokens=16)
-            for dose in (0.0, 1.0)
-        )
+        [row.token_ids for row in generate_steered(student, vector, one, trait, config, 9).rows]
+        for one in (given(0.0), given(1.0))
     ]
     assert sum(one != two for one, two in zip(*said, strict=True)) >= 6
 
@@ -152,9 +157,9 @@ def test_kl_is_measured_on_the_first_drafts_of_every_dose(
     tiny_qwen3: TinyModel, trait: Trait
 ) -> None:
     student, vector = steered(tiny_qwen3, trait)
-    config = GenerateConfig(doses=(0.3, 1.0), walk_down=0, num_drafts=70, max_new_tokens=4)
-    rows = generate_steered(student, vector, trait, config, seed=2).rows
-    for dose in config.doses:
+    config, doses = GenerateConfig(num_drafts=70, max_new_tokens=4), given(0.3, 1.0)
+    rows = generate_steered(student, vector, doses, trait, config, seed=2).rows
+    for dose in doses.doses:
         known = [row.kl_p95_nats is not None for row in rows if row.dose == dose]
         assert known == [True] * 32 + [False] * 3
 
@@ -162,7 +167,7 @@ def test_kl_is_measured_on_the_first_drafts_of_every_dose(
 def test_kl_p95_equals_a_slow_one(tiny: TinyModel, trait: Trait) -> None:
     student, vector = steered(tiny, trait)
     likely_to_stop(student)  # completions of different lengths in a batch
-    rows = generate_steered(student, vector, trait, CONFIG, seed=2).rows
+    rows = generate_steered(student, vector, DOSES, trait, CONFIG, seed=2).rows
     assert len({len(row.token_ids) for row in rows}) > 2
     for row in rows:
         kl = slow_kl(student, vector, list(row.prompt_ids), list(row.token_ids), row.dose)
@@ -170,7 +175,7 @@ def test_kl_p95_equals_a_slow_one(tiny: TinyModel, trait: Trait) -> None:
         assert row.kl_p95_nats == pytest.approx(expected, rel=2e-3, abs=1e-5)
     by_dose = {
         dose: np.median([row.kl_p95_nats for row in rows if row.dose == dose])
-        for dose in CONFIG.doses
+        for dose in DOSES.doses
     }
     assert 0 == by_dose[0.0] < by_dose[0.3] < by_dose[1.0]
 
@@ -178,49 +183,5 @@ def test_kl_p95_equals_a_slow_one(tiny: TinyModel, trait: Trait) -> None:
 def test_nothing_stays_hooked(tiny_qwen3: TinyModel, trait: Trait) -> None:
     student, vector = steered(tiny_qwen3, trait)
     before = [len(layer._forward_hooks) for layer in student.loaded.layers]
-    generate_steered(student, vector, trait, CONFIG, seed=2)
+    generate_steered(student, vector, DOSES, trait, CONFIG, seed=2)
     assert [len(layer._forward_hooks) for layer in student.loaded.layers] == before
-
-
-# -------------------------------------------------------------------------------------- walk down
-
-
-@torch.no_grad()
-def mean_state(student: Student, prompts: list[list[int]], layer: int) -> torch.Tensor:
-    """Mean output of a layer at the last token, a prompt at a time, by a hook of the test's own."""
-    states: list[torch.Tensor] = []
-    handle = student.loaded.layers[layer].register_forward_hook(
-        lambda module, args, out: states.append((out[0] if isinstance(out, tuple) else out)[0, -1])
-    )
-    with student.running() as model:
-        for prompt in prompts:
-            model(input_ids=torch.tensor([prompt]))
-    handle.remove()
-    return torch.stack(states).double().mean(0)
-
-
-def test_doses_are_walked_down_by_what_the_stack_adds_of_the_vector(
-    tiny: TinyModel, trait: Trait
-) -> None:
-    student, vector = steered(tiny, trait)
-    prompts = [chat_ids(student.tokenizer, prompt) for prompt in trait.prompts]
-    shares = []
-    for layer in vector.band:
-        shift = mean_state(student, prompts, layer) - mean_state(student.base, prompts, layer)
-        direction = vector.directions[layer].double()
-        shares.append(float(shift @ direction / (direction @ direction)))
-    carried = sum(shares) / len(shares)
-    along = replace(vector, directions=vector.directions if carried > 0 else -vector.directions)
-    against = replace(vector, directions=-along.directions)
-    config = CONFIG.model_copy(update={"doses": (0.2, 0.7, 1.5), "walk_down": 0.5 / abs(carried)})
-    rows = generate_steered(student, along, trait, config, seed=5).rows
-    assert sorted({row.dose for row in rows}) == pytest.approx([0.0, 0.2, 1.0], abs=1e-4)
-    rows = generate_steered(student, against, trait, config, seed=5).rows
-    assert {row.dose for row in rows} == {0.2, 0.7, 1.5}  # never up
-
-
-def test_a_first_round_takes_its_doses_as_they_are(tiny_qwen3: TinyModel, trait: Trait) -> None:
-    student, vector = steered(tiny_qwen3, trait)
-    config = CONFIG.model_copy(update={"walk_down": 3.0})
-    rows = generate_steered(student.base, vector, trait, config, seed=5).rows
-    assert {row.dose for row in rows} == set(CONFIG.doses)

@@ -31,6 +31,8 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "condition",
                 "headroom",
                 "brokenness",
+                "drafts",
+                "gates",
                 "manifest",
                 "trainer",
                 "reach",
@@ -45,7 +47,12 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
         ),
         True,
     ),
-    (frozenset({"doctor", "vector", "generate", "calibrate", "filter", "heal", "evaluate"}), False),
+    (
+        frozenset(
+            {"doctor", "vector", "dose", "generate", "calibrate", "filter", "heal", "evaluate"}
+        ),
+        False,
+    ),
     (
         frozenset(
             {

@@ -47,7 +47,7 @@ from steer_heal.saved import condition_figures, length_correlation, read_saved_r
 from steer_heal.summary import Summary, summarise
 from steer_heal.wording import bounds, nats, percent, plain_bounds, visible
 from tests.processes import REPORT_FILES
-from tests.small import FOUNDATIONS, small_settings
+from tests.small import FOUNDATIONS, probing, small_settings
 from tests.tiny import tiny_model_folder
 
 ROUNDS = 2
@@ -90,7 +90,9 @@ class _Tables(HTMLParser):
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two rounds; its model, its trait file and its suites are gone."""
     folder = tmp_path_factory.mktemp("report")
-    config = resolve_config([*small_settings(tiny_model_folder(folder, "qwen3"), folder), "N=2"])
+    config = resolve_config(
+        [*probing(small_settings(tiny_model_folder(folder, "qwen3"), folder)), "N=2"]
+    )
     path = run_path(config)
     run_rounds(config, path)
     for other in folder.iterdir():
@@ -328,6 +330,10 @@ def test_the_headline_says_the_last_round(made: Path, page: str) -> None:
     assert f"(base {shares[1]}, persona prompt {shares[2]})" in headline[1]
 
 
+def _dose(point: dict[str, Any]) -> float:
+    return point["dose"]
+
+
 def test_doses_drops_and_training_are_those_of_the_files(
     made: Path, tables: dict[str, list[list[str]]]
 ) -> None:
@@ -338,12 +344,21 @@ def test_doses_drops_and_training_are_those_of_the_files(
         counts = dict(zip(header[1:], lines[index][1:], strict=True))
         assert int(counts.pop("drafts")) == len(rows) == 24
         assert int(counts.pop("kept")) == sum(row["dropped"] is None for row in rows)
+        prompts = {row["prompt"] for row in rows if row["dropped"] is None}
+        assert int(counts.pop("prompts")) == len(prompts)
         reasons = [row["dropped"] for row in rows]
         assert {k: int(v) for k, v in counts.items()} == {k: reasons.count(k) for k in counts}
         doses = [line for line in tables["doses"][1:] if line[0] == str(index + 1)]
         points = json.loads((folder / "dose.json").read_text())
         assert [line[1] for line in doses] == [f"{point['dose']:.3f}" for point in points]
         assert [line[5] for line in doses] == [_signed(p["enactment_nats"]) for p in points]
+        probe = json.loads((folder / "probe.json").read_text())
+        tried = [line for line in tables["probe"][1:] if line[0] == str(index + 1)]
+        taken = {
+            dose: " taken" if dose in probe["doses"] else "" for dose in map(_dose, probe["probe"])
+        }
+        assert [line[1] for line in tried] == [f"{d:.3f}{mark}" for d, mark in taken.items()]
+        assert [line[3] for line in tried] == [percent(p["pass_rate"]) for p in probe["probe"]]
         steps = [json.loads(line) for line in (folder / "train.jsonl").open()]
         line = tables["training"][1 + index]
         assert line[1] == str(len(steps))

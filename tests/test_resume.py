@@ -39,6 +39,7 @@ ARTIFACTS = [
     "round-00/vector.json",
     "round-01/vector.safetensors",
     "round-01/vector.json",
+    "round-01/probe.json",
     "round-01/drafts.jsonl",
     "round-01/completions.jsonl",
     "round-01/dose.json",
