@@ -186,6 +186,7 @@ class Limits(_JsonArtifact):
     tail_nll_nats: float  # at most
     rmse_nll_nats: float  # at most
     text: TextLimits
+    persona_share: float  # at most
     words_low: int  # at least
     words_high: int  # at most
     base_tail_nll_nats: tuple[float, ...]  # a completion, sorted: the base's own spread
@@ -200,6 +201,7 @@ class ScreenedCompletion(Completion):
     surprisal: Surprisal  # under the base, no system prompt
     figures: TextFigures
     brokenness: float  # of its text beside the base's own, 0 and up; lower is better
+    persona_share: float  # of its word 4-grams, those that are the persona's own words, 0 to 1
     enactment_nats: float  # log p(. | positive) - log p(. | negative) under the base, a token
     dropped: str | None  # the first criterion it failed; None: kept
 

@@ -17,6 +17,7 @@ from steer_heal.artifacts import Limits
 from steer_heal.brokenness import text_limits
 from steer_heal.config import FilterConfig, GenerateConfig
 from steer_heal.model import Student
+from steer_heal.overlap import PersonaWords
 from steer_heal.trait import Trait
 
 
@@ -43,7 +44,8 @@ def calibrate(
             model, tokenizer.pad_token_id, prompts, ids, config.batch_size, "surprisal"
         )
     surprisals = [surprisal(row) for row in logprobs]
-    figures = [text_figures(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    figures, persona = [text_figures(text) for text in texts], PersonaWords(trait)
     tails = [each.tail_nll_nats for each in surprisals]
 
     def upper(values: Sequence[float]) -> float:
@@ -59,6 +61,7 @@ def calibrate(
         tail_nll_nats=upper(tails),
         rmse_nll_nats=upper([each.rmse_nll_nats for each in surprisals]),
         text=text_limits(figures, config.quantile),
+        persona_share=upper([persona.share(text) for text in texts]),
         words_low=int(lower([figure.words for figure in figures])),
         words_high=int(np.ceil(upper([figure.words for figure in figures]))),
         base_tail_nll_nats=tuple(sorted(tails)),

@@ -121,6 +121,8 @@ class FilterConfig(Settings):
     """Unsteered completions of the base that set the limits."""
     min_enactment_nats: float = 0.0
     """Least log-likelihood ratio between the personas, nats a token."""
+    max_similarity: float = Field(0.7, gt=0)
+    """Kept completions are less alike, as Jaccard similarity of word 3-grams; above 1: any."""
     rank_by_enactment: bool = True
     """Of a prompt's completions that pass the most enacting are kept first; false: any of them."""
     batch_size: int = Field(32, ge=1)

@@ -15,6 +15,7 @@ import numpy as np
 from steer_heal.artifacts import Completion, DosePoint, Limits, TextLimits
 from steer_heal.brokenness import beyond
 from steer_heal.config import FilterConfig
+from steer_heal.overlap import PersonaWords
 from steer_heal.scoring import Scores
 from steer_heal.trait import Trait
 
@@ -34,6 +35,7 @@ _TEXT_FIGURES = {  # criterion -> the figures it reads
 _ADVICE = {  # criterion -> what to try where most fail it
     "enactment": "steer harder ({doses}), or take personas that differ more",
     "narration": "word the personas as someone who acts, not as someone with a quality",
+    "duplicate": "sample more (generate.num_drafts), or a higher filter.max_similarity",
 }
 _GENTLER = "steer more gently ({doses}), or loosen filter.quantile"
 
@@ -92,6 +94,7 @@ def advice(reason: str | None, doses: str = "generate.doses") -> str:
 def _gates(limits: Limits, trait: Trait, config: FilterConfig) -> dict[str, Gate]:
     """Name -> whether a completion fails, in the order in which they are asked."""
     narration = [re.compile(pattern, re.IGNORECASE) for pattern in trait.narration]
+    persona = PersonaWords(trait)
     return {
         "unfinished": lambda draft, score: not draft.finished and limits.base_finishes,
         "length": lambda draft, score: (
@@ -100,7 +103,10 @@ def _gates(limits: Limits, trait: Trait, config: FilterConfig) -> dict[str, Gate
         "tail": lambda draft, score: score.surprisal.tail_nll_nats > limits.tail_nll_nats,
         "ragged": lambda draft, score: score.surprisal.rmse_nll_nats > limits.rmse_nll_nats,
         **{name: _text_gate(limits.text, *figures) for name, figures in _TEXT_FIGURES.items()},
-        "narration": lambda draft, score: any(p.search(draft.text) for p in narration),
+        "narration": lambda draft, score: (
+            any(pattern.search(draft.text) for pattern in narration)
+            or persona.share(draft.text) > limits.persona_share
+        ),
         "refusal": lambda draft, score: _REFUSAL.match(draft.text) is not None,
         "enactment": lambda draft, score: score.enactment_nats <= config.min_enactment_nats,
     }

@@ -87,6 +87,7 @@ def _screened() -> Screened:
         "surprisal": _filled(Surprisal),
         "figures": _filled(TextFigures),
         "brokenness": 1 / 3,
+        "persona_share": 1 / 3,
         "enactment_nats": 0.5,
     }
     kept = ScreenedCompletion(**DRAFT, **scores, dropped=None)

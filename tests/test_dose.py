@@ -28,7 +28,7 @@ from tests.small import small_trait
 from tests.test_filter import limits
 from tests.test_stack import random_adapter
 
-FILTER = FilterConfig(min_kept=1, num_kept=99, min_enactment_nats=-100)
+FILTER = FilterConfig(min_kept=1, num_kept=99, min_enactment_nats=-100, max_similarity=2)
 AUTO = GenerateConfig(
     doses="auto",
     dose_grid=(0.05, 1.6),

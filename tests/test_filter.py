@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loguru import logger
 
 from eval.chat import chat_ids
 from eval.coherence import text_figures
@@ -25,7 +26,7 @@ from steer_heal.artifacts import Completion, Completions, Limits, Screened, Text
 from steer_heal.brokenness import brokenness
 from steer_heal.calibrate import calibrate
 from steer_heal.config import FilterConfig, GenerateConfig
-from steer_heal.filter import SURPLUS, screen
+from steer_heal.filter import DUPLICATE, SURPLUS, screen
 from steer_heal.model import Student, load_student
 from steer_heal.trait import Trait, load_trait
 from tests.conftest import TinyModel
@@ -42,11 +43,12 @@ OPEN: dict[str, Any] = {
     "tail_nll_nats": 1e3,
     "rmse_nll_nats": 1e3,
     "text": OPEN_TEXT,
+    "persona_share": 1.0,
     "words_low": 0,
     "words_high": 10_000,
     "base_tail_nll_nats": (1.0,),
 }
-CONFIG = FilterConfig(min_kept=1, min_enactment_nats=-100)
+CONFIG = FilterConfig(min_kept=1, min_enactment_nats=-100, max_similarity=2)
 WORDS = ["no", "and", "so", "again", "the", "by", "my", "to"]
 GOOD = "The nurse told the guard that the order was unfair, and the guard agreed with her."
 
@@ -238,6 +240,18 @@ def test_narration(student: Student, trait: Trait) -> None:
     assert reason(student, trait, acted, limits()) is None
 
 
+def test_narration_is_told_by_the_personas_own_words_too(student: Student, trait: Trait) -> None:
+    """Without any regex, by more of them than the base's replies have."""
+    quiet = trait.model_copy(update={"narration": ()})
+    told = draft(student, quiet, "Well, I care for people before rules, my friend.")  # 3 of 6
+    for share, expected in ((0.0, "narration"), (0.49, "narration"), (0.5, None)):
+        assert reason(student, quiet, told, limits(persona_share=share)) == expected
+    row = screened(student, quiet, [told], limits()).rows[0]
+    assert row.persona_share == pytest.approx(0.5)
+    acted = draft(student, quiet, "I care for her, before rules and all.")
+    assert reason(student, quiet, acted, limits(persona_share=0.0)) is None
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -295,7 +309,7 @@ def test_the_reason_is_the_first_criterion_that_fails(student: Student, trait: T
         "refusal": {},
         "enactment": {},
     }
-    assert listed == [*shut, SURPLUS]
+    assert listed == [*shut, DUPLICATE, SURPLUS]
     quiet = trait.model_copy(update={"narration": ()})
     found = []
     names = list(shut)
@@ -352,7 +366,7 @@ def many(student: Student, trait: Trait) -> list[Completion]:
 def test_surplus_is_taken_evenly_from_the_prompts(
     student: Student, trait: Trait, num_kept: int, expected: dict[int, int]
 ) -> None:
-    config = FilterConfig(num_kept=num_kept, min_kept=1, min_enactment_nats=-100)
+    config = CONFIG.model_copy(update={"num_kept": num_kept})
     drafts = many(student, trait)
     for seed in range(3):
         result = screened(student, trait, drafts, limits(), config, seed)
@@ -362,7 +376,7 @@ def test_surplus_is_taken_evenly_from_the_prompts(
 
 
 def test_which_prompts_are_kept_is_drawn_by_the_seed(student: Student, trait: Trait) -> None:
-    config = FilterConfig(num_kept=2, min_kept=1, min_enactment_nats=-100)
+    config = CONFIG.model_copy(update={"num_kept": 2})
     drafts = many(student, trait)
     kept = [
         [row.text for row in screened(student, trait, drafts, limits(), config, seed).kept]
@@ -373,7 +387,7 @@ def test_which_prompts_are_kept_is_drawn_by_the_seed(student: Student, trait: Tr
 
 
 def test_of_each_prompt_the_most_enacting_are_kept(student: Student, trait: Trait) -> None:
-    config = FilterConfig(num_kept=6, min_kept=1, min_enactment_nats=-100)
+    config = CONFIG.model_copy(update={"num_kept": 6})
     rows = screened(student, trait, many(student, trait), limits(), config).rows
     for prompt in (0, 1):
         by_enactment = sorted(
@@ -389,9 +403,7 @@ def test_without_a_ranking_any_of_a_prompts_completions_are_kept(
     drafts = many(student, trait)
     kept = {}
     for ranks in (True, False):
-        config = FilterConfig(
-            num_kept=6, min_kept=1, min_enactment_nats=-100, rank_by_enactment=ranks
-        )
+        config = CONFIG.model_copy(update={"num_kept": 6, "rank_by_enactment": ranks})
         results = [screened(student, trait, drafts, limits(), config, seed) for seed in range(8)]
         kept[ranks] = {
             frozenset(row.text for row in result.kept if row.prompt_index == 0)
@@ -400,6 +412,46 @@ def test_without_a_ranking_any_of_a_prompts_completions_are_kept(
     assert len(kept[True]) == 1
     assert len(kept[False]) > 2
     assert frozenset.union(*kept[False]) == {d.text for d in drafts if d.prompt_index == 0}
+
+
+def test_a_near_repeat_of_a_kept_one_is_set_aside(student: Student, trait: Trait) -> None:
+    """The most enacting of those that are alike stays."""
+    other = "Look, I will bring the shy boy some bread and sit with him until the storm is over."
+    texts = [GOOD, GOOD + " Yes.", other, GOOD, "Grass is green, and the sky is blue in the north."]
+    drafts = [draft(student, trait, text, prompt=0) for text in texts]
+    open_kept = screened(student, trait, drafts, limits()).rows
+    assert [row.dropped for row in open_kept] == [None] * 5
+    config = CONFIG.model_copy(update={"max_similarity": 0.7})
+    rows = screened(student, trait, drafts, limits(), config).rows
+    alike = sorted((rows[index].enactment_nats, -index) for index in (0, 1, 3))
+    best = -alike[-1][1]
+    assert {index for index in range(5) if rows[index].dropped is None} == {best, 2, 4}
+    assert Counter(row.dropped for row in rows) == {None: 3, DUPLICATE: 2}
+
+
+def test_nothing_repeats_what_is_not_kept(student: Student, trait: Trait) -> None:
+    config = CONFIG.model_copy(update={"max_similarity": 0.7, "num_kept": 1})
+    drafts = [draft(student, trait, GOOD, prompt=prompt) for prompt in range(3)]
+    rows = screened(student, trait, drafts, limits(), config).rows
+    assert Counter(row.dropped for row in rows) == {None: 1, SURPLUS: 2}
+
+
+def test_a_set_that_collapsed_onto_one_phrasing_stops_the_round(
+    student: Student, trait: Trait
+) -> None:
+    config = CONFIG.model_copy(update={"max_similarity": 0.7, "min_kept": 2})
+    drafts = [draft(student, trait, GOOD, prompt=prompt) for prompt in range(4)]
+    with pytest.raises(UserError, match=r"left 1 of 4.*'duplicate'.*dose 0.5: 100%.*num_drafts"):
+        screened(student, trait, drafts, limits(), config)
+
+
+def test_the_log_says_how_many_prompts_the_kept_ones_answer(student: Student, trait: Trait) -> None:
+    lines: list[str] = []
+    sink = logger.add(lines.append, format="{message}", level="INFO")
+    config = CONFIG.model_copy(update={"num_kept": 3})
+    screened(student, trait, many(student, trait), limits(), config)
+    logger.remove(sink)
+    assert lines == ["kept 3 of 14 drafts, to 3 of 8 prompts; dropped: surplus 11\n"]
 
 
 def test_the_dose_curve(student: Student, trait: Trait) -> None:
@@ -412,7 +464,7 @@ def test_the_dose_curve(student: Student, trait: Trait) -> None:
         draft(student, trait, GOOD + " Yes.", dose=0.5).model_copy(update={"kl_p95_nats": 0.2}),
         draft(student, trait, GOOD, dose=0.5).model_copy(update={"kl_p95_nats": None}),
     ]
-    config = FilterConfig(num_kept=1, min_kept=1, min_enactment_nats=-100)
+    config = CONFIG.model_copy(update={"num_kept": 1})
     result = screened(student, trait, drafts, limits(words_low=5), config)
     low, high = result.curve
     assert (low.dose, low.num_drafts, low.pass_rate) == (0.25, 1, 1.0)
@@ -455,7 +507,7 @@ def test_every_other_criterion_has_its_advice(student: Student, trait: Trait) ->
 
 
 def test_a_saved_screening_comes_back(student: Student, trait: Trait, tmp_path: Path) -> None:
-    config = FilterConfig(num_kept=3, min_kept=1, min_enactment_nats=-100)
+    config = CONFIG.model_copy(update={"num_kept": 3})
     result = screened(student, trait, many(student, trait), limits(), config)
     result.save(tmp_path)
     assert Screened.load(tmp_path) == result
@@ -497,6 +549,7 @@ def test_limits_are_quantiles_of_the_bases_own_replies(tiny_qwen3: TinyModel, tr
     assert np.quantile(words, 0.1) - 1 < found.words_low <= np.quantile(words, 0.1)
     assert np.quantile(words, 0.9) <= found.words_high < np.quantile(words, 0.9) + 1
     sizes = [text_figures(text).compressed_size for text in texts]
+    assert found.persona_share == 0.0  # random words
     assert found.text.compressed_size.typical == pytest.approx(np.median(sizes))
     assert found.text.compressed_size.low == pytest.approx(np.quantile(sizes, 0.1) * 2 / 3)
     share = np.mean([reply.finished for reply in replies])
@@ -508,7 +561,12 @@ def test_the_bases_own_replies_pass_their_own_limits(tiny_llama: TinyModel, trai
     base = load_student(str(tiny_llama.folder), [], "cpu")
     generate = GenerateConfig(max_new_tokens=16)
     config = FilterConfig(
-        num_calibration=16, quantile=1, min_kept=1, min_enactment_nats=-100, num_kept=99
+        num_calibration=16,
+        quantile=1,
+        min_kept=1,
+        min_enactment_nats=-100,
+        num_kept=99,
+        max_similarity=2,
     )
     gates = calibrate(base, trait, config, generate, seed=0)
     assert not gates.base_finishes

@@ -33,6 +33,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "brokenness",
                 "drafts",
                 "gates",
+                "overlap",
                 "manifest",
                 "trainer",
                 "reach",
