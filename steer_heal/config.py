@@ -88,7 +88,7 @@ class GenerateConfig(Settings):
     """Drafts sampled at each dose that is tried."""
     num_doses: int = Field(2, ge=1)
     """Doses taken, at most: the largest of those tried that reach the targets."""
-    target_pass_rate: float = Field(0.6, gt=0, le=1)
+    target_pass_rate: float = Field(0.5, gt=0, le=1)
     """Share of a dose's drafts that must pass the filter for it to be taken."""
     target_kl_nats: PositiveFloat | None = None
     """Largest KL p95 from the student, nats a token, at which a dose is taken; by default any."""

@@ -16,7 +16,10 @@ trait, and falls where they break; nobody knows beforehand where that is on a mo
 
 On the embedded model (seed 11, 48 drafts a dose) the rate is 65 to 83 % from 0.1 to 0.78 and 46 %
 at 1.1: a coherent reply fails one of several limits now and then, as each shuts out a twentieth of
-the base's own. The default target of 60 % stands between the two.
+the base's own, and in a second round 62 to 65 % pass even unsteered. The default target of one half
+is below that, and is what the filter needs to keep 192 of 384. A rate of 16 drafts has a standard
+error of 12 points: a dose at which 25 % pass was once taken with 50 %. More `num_probes` help, and
+so does `target_kl_nats` where the rate hardly falls.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ def kept_at(*doses: float) -> Screened:
                 surprisal=Surprisal(mean_nll_nats=1, tail_nll_nats=1, rmse_nll_nats=1),
                 figures=TextFigures(**dict.fromkeys(TextFigures.model_fields, 0)),
                 brokenness=0.0,
+                persona_share=0.0,
                 enactment_nats=0.0,
                 dropped=None,
             )

@@ -80,6 +80,7 @@ def kept(student: Student, rows: int = 8) -> Screened:
                 surprisal=Surprisal(mean_nll_nats=1, tail_nll_nats=1, rmse_nll_nats=1),
                 figures=TextFigures(**dict.fromkeys(TextFigures.model_fields, 0)),
                 brokenness=0.0,
+                persona_share=0.0,
                 enactment_nats=1.0,
                 dropped=None if index < rows else "length",
             )

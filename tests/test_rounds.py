@@ -32,6 +32,7 @@ MADE = {
     "quantile": 0.98,
     "base_finishes": True,
     "rmse_nll_nats": 1.0,
+    "persona_share": 0.0,
     "text": TextLimits(
         **dict.fromkeys(TextLimits.model_fields, TextLimit(low=0.5, typical=1 / 3, high=1.5))
     ),
