@@ -84,7 +84,7 @@ class GenerateConfig(Settings):
     """Where doses are auto: the lowest and the highest that are tried."""
     num_grid_doses: int = Field(8, ge=2)
     """Doses tried, each the same multiple of the one below."""
-    num_probes: int = Field(16, ge=1)
+    num_probes: int = Field(32, ge=1)
     """Drafts sampled at each dose that is tried."""
     num_doses: int = Field(2, ge=1)
     """Doses taken, at most: the largest of those tried that reach the targets."""

@@ -17,13 +17,14 @@ trait, and falls where they break; nobody knows beforehand where that is on a mo
 On the embedded model (seed 11, 48 drafts a dose) the rate is 65 to 83 % from 0.1 to 0.78 and 46 %
 at 1.1: a coherent reply fails one of several limits now and then, as each shuts out a twentieth of
 the base's own, and in a second round 62 to 65 % pass even unsteered. The default target of one half
-is below that, and is what the filter needs to keep 192 of 384. A rate of 16 drafts has a standard
-error of 12 points: a dose at which 25 % pass was once taken with 50 %. More `num_probes` help, and
-so does `target_kl_nats` where the rate hardly falls.
+is below that, and is what the filter needs to keep 192 of 384. With 16 drafts (a standard error of
+12 points) a dose at which 25 % pass was taken once, and the round broke replies: so it is 32 now.
+More help further, and so does `target_kl_nats` where the rate hardly falls with the dose.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -105,9 +106,10 @@ def _probe(
     filter_config: FilterConfig,
     seed: int,
 ) -> tuple[DosePoint, ...]:
-    """The dose curve of `config.num_probes` drafts a dose, to prompts evenly spaced."""
+    """The dose curve of `config.num_probes` drafts a dose, to prompts drawn by the seed."""
     count = config.num_probes
-    prompts = [row * len(trait.prompts) // count for row in range(count)] * len(doses)
+    drawn = random.Random(seed).sample(range(len(trait.prompts)), len(trait.prompts))
+    prompts = [drawn[row % len(drawn)] for row in range(count)] * len(doses)
     rows_doses = [dose for dose in doses for _ in range(count)]
     drafts = sample_steered(student, vector, trait, prompts, rows_doses, config, seed, "dose probe")
     scores = score_completions(
