@@ -119,6 +119,7 @@ class Doses(_JsonArtifact):
     carried: float | None  # what the stack adds of the vector by itself, in multiples of it; None:
     # not measured, as nothing is walked down
     probe: tuple[DosePoint, ...]  # the doses that were tried, ascending; empty: they were given
+    passing: tuple[float, ...]  # those of them that were taken, before their share; empty likewise
 
     stage: ClassVar[str] = "doses"
     files: ClassVar[tuple[str, ...]] = ("probe.json",)

@@ -88,6 +88,8 @@ class GenerateConfig(Settings):
     """Drafts sampled at each dose that is tried."""
     num_doses: int = Field(2, ge=1)
     """Doses taken, at most: the largest of those tried that reach the targets."""
+    dose_share: float = Field(0.5, gt=0)
+    """Of the doses found a round steers at this share: guidance goes further from there."""
     target_pass_rate: float = Field(0.5, gt=0, le=1)
     """Share of a dose's drafts that must pass the filter for it to be taken."""
     target_kl_nats: PositiveFloat | None = None

@@ -126,7 +126,8 @@ def _drafts() -> Completions:
 
 
 def _doses() -> Doses:
-    return Doses(doses=(0.1,), asked=(0.3, 1 / 3), carried=0.2, probe=_screened().curve)
+    curve = _screened().curve
+    return Doses(doses=(0.1,), asked=(0.3, 1 / 3), carried=0.2, probe=curve, passing=(0.3,))
 
 
 MAKERS: list[Callable[[], Any]] = [_vector, _adapter, _screened, _limits, _drafts, _doses]

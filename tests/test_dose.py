@@ -37,6 +37,7 @@ AUTO = GenerateConfig(
     num_probes=8,
     max_new_tokens=16,
     target_pass_rate=0.01,
+    dose_share=1,
 )
 GRID = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
@@ -128,13 +129,13 @@ def test_a_first_round_takes_its_doses_as_they_are(tiny_qwen3: TinyModel, trait:
     student, vector = steered(tiny_qwen3, trait)
     config = GenerateConfig(doses=(0.3, 0.1), walk_down=3.0)
     found = chosen(student.base, vector, trait, config)
-    assert found == Doses(doses=(0.3, 0.1), asked=(0.3, 0.1), carried=0.0, probe=())
+    assert found == Doses(doses=(0.3, 0.1), asked=(0.3, 0.1), carried=0.0, probe=(), passing=())
 
 
 def test_without_walking_down_nothing_is_measured(tiny_qwen3: TinyModel, trait: Trait) -> None:
     student, vector = steered(tiny_qwen3, trait)
     found = chosen(student, vector, trait, GenerateConfig(doses=(0.3,), walk_down=0))
-    assert found == Doses(doses=(0.3,), asked=(0.3,), carried=None, probe=())
+    assert found == Doses(doses=(0.3,), asked=(0.3,), carried=None, probe=(), passing=())
 
 
 def test_the_log_says_in_words_what_the_stack_does_to_the_doses(
@@ -259,6 +260,20 @@ def test_doses_tried_are_walked_down_and_equal_ones_tried_once(
     assert found.doses == pytest.approx((0.5, 1.3), abs=1e-4)
     assert [point.num_drafts for point in found.probe] == [8] * 4
     assert found.probe[0].kl_p95_nats == 0
+
+
+def test_a_share_of_what_passes_is_taken_with_what_the_stack_adds_counted_in(
+    tiny_qwen3: TinyModel, trait: Trait
+) -> None:
+    student, vector = steered(tiny_qwen3, trait)
+    carried = slow_carried(student, vector, trait)
+    along = replace(vector, directions=vector.directions * math.copysign(1, carried))
+    config = AUTO.model_copy(update={"walk_down": 0.3 / abs(carried), "dose_share": 0.5})
+    found = chosen(student, along, trait, config)
+    assert found.passing == pytest.approx((0.5, 1.3), abs=1e-4)
+    assert found.doses == pytest.approx((0.8 / 2 - 0.3, 1.6 / 2 - 0.3), abs=1e-4)
+    found = chosen(student, along, trait, config.model_copy(update={"dose_share": 0.1}))
+    assert found.doses == (0.0, 0.0)
 
 
 def test_same_seed_same_probe_and_another_seed_another(tiny_qwen3: TinyModel, trait: Trait) -> None:

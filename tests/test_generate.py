@@ -25,7 +25,7 @@ CONFIG = GenerateConfig(num_drafts=24, max_new_tokens=16, batch_size=8)
 
 
 def given(*doses: float) -> Doses:
-    return Doses(doses=doses, asked=doses, carried=None, probe=())
+    return Doses(doses=doses, asked=doses, carried=None, probe=(), passing=())
 
 
 DOSES = given(0.0, 0.3, 1.0)
