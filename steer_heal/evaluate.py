@@ -3,9 +3,8 @@
 base, prompted (the positive persona as system prompt), engineered (a longer prompt that asks for
 the trait) and random (directions drawn at random, each at the dose where it moves the next-token
 distribution as far as the vector does) are measured once; steered (the student before the round,
-with the vector) and healed (the student after it, nothing added) every round; unbarred (the first
-round healed without the barrier) where it is asked for. Each gives the forced choice over
-vignettes, mundane tasks, and replies to held-out prompts; all rows are kept.
+with the vector) and healed (the student after it, nothing added) every round. Each gives the forced
+choice over vignettes, mundane tasks, and replies to held-out prompts; all rows are kept.
 
     shift   = difference from base of <foundation>_nats, log of the mean probability
     internalised = cos( mean over held-out prompts of h(healed) - h(base), vector ), h at the
@@ -22,11 +21,9 @@ from torch.nn.functional import cosine_similarity
 from eval.chat import chat_ids
 from steer_heal.artifacts import (
     Controls,
-    RoundAdapter,
     RoundEval,
     Screened,
     SteeringVector,
-    Unbarred,
 )
 from steer_heal.condition import measure_condition
 from steer_heal.config import EvaluateConfig
@@ -83,18 +80,6 @@ def _fewer(config: EvaluateConfig) -> EvaluateConfig:
     """With fewer replies, where a vector is added: that is held against others by its shifts."""
     shared = max(1, config.samples_per_prompt // config.num_random)
     return config.model_copy(update={"samples_per_prompt": shared})
-
-
-def evaluate_unbarred(
-    student: Student, adapter: RoundAdapter, trait: Trait, config: EvaluateConfig, seed: int
-) -> Unbarred:
-    """The student with an adapter that was trained without the barrier; both are left as they were.
-
-    The seed is the rounds' own, so that it differs from the healed student by the adapter alone.
-    """
-    with student.trying(adapter) as healed:
-        rows = measure_condition("unbarred", healed, trait, config, seed)
-    return Unbarred(healed=rows, steps=adapter.steps)
 
 
 def _internalised(

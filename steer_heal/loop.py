@@ -17,10 +17,10 @@ from steer_heal.artifacts import (
     Unbarred,
 )
 from steer_heal.calibrate import calibrate
-from steer_heal.config import EvaluateConfig, HealConfig, RunConfig
+from steer_heal.config import RunConfig
 from steer_heal.doctor import Checkup, admit
 from steer_heal.dose import choose_doses
-from steer_heal.evaluate import evaluate_controls, evaluate_round, evaluate_unbarred
+from steer_heal.evaluate import evaluate_controls, evaluate_round
 from steer_heal.filter import screen
 from steer_heal.generate import generate_steered
 from steer_heal.heal import heal
@@ -28,6 +28,7 @@ from steer_heal.manifest import describe
 from steer_heal.model import Student, check_model, load_student
 from steer_heal.rounds import Run, check_run, open_run
 from steer_heal.trait import Trait, load_trait
+from steer_heal.unbarred import heal_unbarred
 from steer_heal.vector import extract_vector
 from steer_heal.watch import Watch
 
@@ -77,7 +78,7 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         )
         if round.index == 0 and evaluate.controls == "full":
             run.once(
-                *(Unbarred, _unbarred, student, kept, vector, held, config.heal, s("heal")),
+                *(Unbarred, heal_unbarred, student, kept, vector, held, config.heal, s("heal")),
                 *(trait, evaluate, seed),
             )
         healed = student.grown(adapter)
@@ -85,20 +86,3 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         round.finish()
         watch.warn(round)
         student = healed
-
-
-def _unbarred(
-    student: Student,
-    kept: Screened,
-    vector: SteeringVector,
-    reference: list[str],
-    config: HealConfig,
-    heal_seed: int,
-    trait: Trait,
-    evaluate: EvaluateConfig,
-    seed: int,
-) -> Unbarred:
-    """The round healed once more, without the barrier; the adapter enters no stack."""
-    bare = config.model_copy(update={"barrier_weight": 0.0})
-    adapter = heal(student, kept, vector, reference, bare, "unbarred", heal_seed)
-    return evaluate_unbarred(student, adapter, trait, evaluate, seed)

@@ -57,6 +57,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
     (
         frozenset(
             {
+                "unbarred",
                 "loop",
                 "saved",
                 "summary",
