@@ -355,7 +355,8 @@ def test_doses_drops_and_training_are_those_of_the_files(
         probe = json.loads((folder / "probe.json").read_text())
         tried = [line for line in tables["probe"][1:] if line[0] == str(index + 1)]
         taken = {
-            dose: " taken" if dose in probe["doses"] else "" for dose in map(_dose, probe["probe"])
+            dose: " taken" if dose in probe["passing"] else ""
+            for dose in map(_dose, probe["probe"])
         }
         assert [line[1] for line in tried] == [f"{d:.3f}{mark}" for d, mark in taken.items()]
         assert [line[3] for line in tried] == [percent(p["pass_rate"]) for p in probe["probe"]]

@@ -277,7 +277,7 @@ def test_without_a_name_the_studies_are_listed(tmp_path: Path) -> None:
     ("given", "parts"),
     [
         (["tragets"], ["unknown study 'tragets'", "the nearest are: targets"]),
-        (["zzzz"], ["unknown study 'zzzz'", "there are: targets, "]),
+        (["zzzz"], ["unknown study 'zzzz'", "there are: control, targets, "]),
         (["rank", "heal.rnk=3"], ["unknown setting 'heal.rnk'", "heal.rank"]),
         (["ranking", "heal.rank=0"], ["heal.rank is '0'", "at least 1"]),
         (["rank", "heal.rank=3"], ["heal.rank is set by study rank itself"]),
