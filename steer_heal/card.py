@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer_heal.config import ORGANISM
+from steer_heal.guards import alarms
 from steer_heal.proof import Proof
 from steer_heal.report import command_of
 from steer_heal.summary import Summary
@@ -68,6 +69,7 @@ def card_text(report: Summary, exported: Exported, out: Path) -> str:
             trait=report.run.trait,
             exported=exported,
             round=round,
+            warnings=[alarm for alarm in alarms(report) if alarm.round == exported.num_rounds],
             is_best=report.best is not None and report.best.number == exported.num_rounds,
             conditions=[
                 *(report.base, report.prompted, report.engineered),

@@ -145,8 +145,11 @@ def _largest_passing(probe: Sequence[DosePoint], config: GenerateConfig) -> tupl
         hint = "a higher generate.target_kl_nats, or lower doses (generate.dose_grid)"
     else:
         best = max(probe, key=lambda point: point.pass_rate)
-        hint = f"{advice(best.commonest_drop, 'generate.dose_grid')}, or lower "
-        hint += "generate.target_pass_rate"
+        lower = "a lower generate.target_pass_rate"
+        hints = [advice(best.commonest_drop, "generate.dose_grid"), lower]
+        if best.pass_rate > config.target_pass_rate / 2:  # the doses are fine, more was asked
+            hints.reverse()
+        hint = ", or ".join(hints)
     curve = "; ".join(
         f"{point.dose:.3f}: {point.pass_rate:.0%}, {point.kl_p95_nats:.2f}, "
         f"{point.commonest_drop or 'none'}"
@@ -154,12 +157,13 @@ def _largest_passing(probe: Sequence[DosePoint], config: GenerateConfig) -> tupl
     )
     raise UserError(
         f"no dose passes: of {len(probe)} tried none has {_targets(config)} (dose: pass rate, "
-        f"KL p95 from the student in nats, most frequent reason to drop; {curve}). Try: {hint}"
+        f"KL p95 from the student in nats, most frequent reason to drop; {curve}). Try: {hint}; "
+        "as a run of its own, with run=NAME"
     )
 
 
 def _targets(config: GenerateConfig) -> str:
-    asked = f"{config.target_pass_rate:.0%} of {config.num_probes} drafts past the filter"
+    asked = f"{100 * config.target_pass_rate:.4g}% of {config.num_probes} drafts past the filter"
     if config.target_kl_nats is not None:
         asked += f" and a KL p95 of at most {config.target_kl_nats:g} nats"
     return asked

@@ -302,6 +302,22 @@ def test_where_no_dose_passes_the_round_stops_with_the_curve(
         assert part in message
 
 
+def test_where_nearly_enough_pass_a_lower_target_is_the_first_advice(
+    tiny_qwen3: TinyModel, trait: Trait
+) -> None:
+    student, vector = steered(tiny_qwen3, trait)
+    gentle = AUTO.model_copy(update={"dose_grid": (0.05, 0.4), "num_grid_doses": 4})
+    config = gentle.model_copy(update={"target_pass_rate": 0.999})
+    gates = open_limits(tail_nll_nats=6.0)
+    reached = chosen(student.base, vector, trait, gentle, gates).probe
+    assert 0.5 < max(point.pass_rate for point in reached) < 1
+    with pytest.raises(UserError) as caught:
+        chosen(student.base, vector, trait, config, gates)
+    assert "none has 99.9% of 8 drafts" in str(caught.value)
+    assert "Try: a lower generate.target_pass_rate, or " in str(caught.value)
+    assert str(caught.value).endswith("with run=NAME")
+
+
 def test_where_only_the_kl_is_too_large_the_message_says_so(
     tiny_qwen3: TinyModel, trait: Trait
 ) -> None:

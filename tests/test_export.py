@@ -30,6 +30,7 @@ from steer_heal import fresh
 from steer_heal.artifacts import RoundAdapter
 from steer_heal.config import resolve_config
 from steer_heal.export import export
+from steer_heal.guards import alarms
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import run_path
 from steer_heal.merge import write_merged
@@ -37,6 +38,7 @@ from steer_heal.model import load_student
 from steer_heal.proof import prove, reference
 from steer_heal.saved import read_saved_run
 from steer_heal.stack import fold
+from steer_heal.summary import summarise
 from steer_heal.vector_files import read_gguf, read_vector
 from tests.conftest import TinyModel
 from tests.processes import tree
@@ -152,6 +154,11 @@ def assert_card(out: Path, run: Path, base: Path) -> None:
     assert f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules adapter={out}" in card
     for text in (description["trait"]["positive"], description["model"], "| round 2, healed |"):
         assert text in card
+    replies = json.loads((run / "round-01" / "eval.json").read_text())["healed"]["replies"]
+    share = 100 * sum(reply["enacted"] for reply in replies) / len(replies)
+    assert f"`small` with no system prompt: {share:.1f} % of its replies" in card
+    warned = [alarm for alarm in alarms(summarise(read_saved_run(run))) if alarm.round == 2]
+    assert warned and all(str(alarm) in card for alarm in warned)
     assert "Seed 0" in card and f"just export {run} {out} round=2 as=adapter rank=8" in card
 
 
