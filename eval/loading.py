@@ -135,10 +135,15 @@ def _load_weights(folder: Path, model_id: str, device: torch.device) -> Any:
     return model
 
 
+def quantised_bits(folder: Path) -> int | None:
+    """4 or 8 where bitsandbytes wrote a model's weights in so many bits; None: it did not."""
+    quantised = read_json(folder / "config.json").get("quantization_config") or {}
+    return next((n for n in (4, 8) if quantised.get(f"load_in_{n}bit")), None)
+
+
 def _require_gpu_for_bits(folder: Path, model_id: str, device: torch.device) -> None:
     """Refuses weights in bitsandbytes' 4 or 8 bits where there is no GPU for its kernels."""
-    quantised = read_json(folder / "config.json").get("quantization_config") or {}
-    bits = next((n for n in (4, 8) if quantised.get(f"load_in_{n}bit")), None)
+    bits = quantised_bits(folder)
     if bits is not None and device.type != "cuda":
         raise UserError(
             f"model {model_id}: its weights are in {bits} bits by bitsandbytes, which needs an "

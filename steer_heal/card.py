@@ -75,20 +75,43 @@ def card_text(report: Summary, exported: Exported, out: Path) -> str:
                 *(report.base, report.prompted, report.engineered),
                 *(*report.random, round.healed),
             ],
+            loading=loading_code(exported, config["model"], out),
             serving="\n".join(map(shlex.join, serving_lines(exported, config["model"], out))),
             commands="\n".join([command_of(config), command]),
         )
     )
 
 
+def loading_code(exported: Exported, model_id: str, out: Path) -> str:
+    """Python that loads an export with transformers, and peft where it is an adapter."""
+    base, revision = served_base(model_id)
+    place, at = repr(base), f", revision={revision!r}" if revision else ""
+    if exported.rank is None:
+        place, at = repr(str(out)), ""
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({place}{at})",
+        f"model = AutoModelForCausalLM.from_pretrained({place}{at})",
+    ]
+    if exported.rank is not None:
+        lines.insert(0, "from peft import PeftModel")
+        lines.append(f"model = PeftModel.from_pretrained(model, {str(out)!r})")
+    return "\n".join(lines)
+
+
 def serving_lines(exported: Exported, model_id: str, out: Path) -> list[list[str]]:
-    """The commands, word by word, that serve an export: vLLM, SGLang, llama.cpp."""
+    """The commands, word by word, that serve an export.
+
+    vLLM, SGLang, llama.cpp; a checkpoint also by transformers itself.
+    """
     base, revision = served_base(model_id)
     gguf, path = f"{out.name}.gguf", str(out)
     named = f"{out.name}={path}"
     sglang = ["python", "-m", "sglang.launch_server", "--model-path"]
     if exported.rank is None:
         return [
+            ["transformers", "serve", path],
             ["vllm", "serve", path, "--served-model-name", out.name],
             [*sglang, path, "--served-model-name", out.name],
             ["python", "convert_hf_to_gguf.py", path, "--outfile", gguf],

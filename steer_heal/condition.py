@@ -99,7 +99,8 @@ def measure_replies(
     """Replies to the held-out prompts alone: what `measure_condition` samples first, judged."""
     with student.running() as model:
         replies = _sample(model, student.tokenizer, trait, config, seed, system, name)
-    return _score(student, trait, [reply.token_ids for reply in replies], config, False)
+    ids = [reply.token_ids for reply in replies]
+    return _score(student, trait, ids, config, with_enactment=False)
 
 
 def _sample(

@@ -25,6 +25,7 @@ from eval.files import (
     write_json,
     write_text,
 )
+from eval.loading import quantised_bits
 from eval.settings import Settings, resolve_settings
 from steer_heal.artifacts import RoundAdapter
 from steer_heal.card import Exported, card_text, served_base
@@ -127,10 +128,17 @@ def _export_vector(saved: SavedRun, number: int, form: str, out: Path) -> str:
 
 def _export_weights(summary: Summary, number: int, config: ExportConfig, out: Path) -> Exported:
     saved = summary.run
-    adapters = Run(saved.path, saved.description.config["seed"]).last_stack()[:number]
     model_id = saved.description.config["model"]
-    wanted = _reference(saved, adapters)
-    folded, base = fold(adapters), resolve_model(model_id)
+    base = resolve_model(model_id)
+    bits = quantised_bits(base)
+    if bits is not None and config.form == "merged":
+        raise UserError(
+            f"model {model_id}: its weights are in {bits} bits, to which a sum would be rounded "
+            "again; take as=adapter, which also loads on the model that it was quantised from"
+        )
+    adapters = Run(saved.path, saved.description.config["seed"]).last_stack()[:number]
+    wanted = _reference(saved, adapters, "cpu" if bits is None else "auto")
+    folded = fold(adapters)
     with disk_errors(out), scratch_folder(out.parent) as scratch:
         target = scratch / config.form
         if config.form == "merged":
@@ -140,7 +148,7 @@ def _export_weights(summary: Summary, number: int, config: ExportConfig, out: Pa
         else:
             served, is_cut = at_served_rank(folded, config.rank)
             _of_base(served, model_id).save(scratch)  # into adapter/
-            proof = prove(wanted, base, target, not is_cut, scratch)
+            proof = prove(wanted, base, target, not is_cut and bits is None, scratch)
             rank, dtype = served.rank, torch.float32
         exported = Exported(
             form=config.form,
@@ -163,10 +171,10 @@ def _of_base(adapter: RoundAdapter, model_id: str) -> RoundAdapter:
     return replace(adapter, config=dict(adapter.config) | named)
 
 
-def _reference(saved: SavedRun, adapters: Sequence[RoundAdapter]) -> Reference:
+def _reference(saved: SavedRun, adapters: Sequence[RoundAdapter], device: str) -> Reference:
     """What the run's student says; the model is gone afterwards, to leave room for the next."""
     model_id = saved.description.config["model"]
-    student = load_student(model_id, [], "cpu")  # fp32: what is compared is not rounded
+    student = load_student(model_id, [], device)  # on the CPU in fp32: nothing is rounded
     if student.loaded.weights_hash != saved.description.model:
         raise UserError(
             f"model {model_id} is not the one that {saved.path} was made on: its weights have "

@@ -27,7 +27,7 @@ def main(model_folder: str, adapter_folder: str, prompts_file: str, logits_file:
     model.eval()
     with torch.inference_mode():
         logits = {
-            name: model(ids[None]).logits[0].float().contiguous()
+            name: model(ids[None].to(model.device)).logits[0].float().cpu().contiguous()
             for name, ids in load_file(prompts_file).items()
         }
     save_file(logits, logits_file)

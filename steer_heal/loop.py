@@ -24,6 +24,7 @@ from steer_heal.evaluate import evaluate_controls, evaluate_round
 from steer_heal.filter import screen
 from steer_heal.generate import generate_steered
 from steer_heal.heal import heal
+from steer_heal.imported import ImportedVector, import_vector
 from steer_heal.manifest import describe
 from steer_heal.model import Student, check_model, load_student
 from steer_heal.rounds import Run, check_run, open_run
@@ -47,6 +48,7 @@ def run_rounds(config: RunConfig, path: Path) -> None:
 
 def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
     run.once(Checkup, partial(admit, trait=trait, config=config), student)
+    given = _given(run, student, config)
     for adapter in run.last_stack():
         student = student.grown(adapter)
     generate, evaluate, seed = config.generate, config.evaluate, run.seed("evaluate")
@@ -58,7 +60,7 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         s = round.seed
         vector = round.once(
             *(SteeringVector, extract_vector, student, trait, config.vector),
-            *(s("v"), run.seed("direction")),
+            *(s("v"), run.seed("direction"), given),
         )
         doses = round.once(
             Doses, choose_doses, student, vector, limits, trait, generate, config.filter, s("doses")
@@ -86,3 +88,10 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         round.finish()
         watch.warn(round)
         student = healed
+
+
+def _given(run: Run, student: Student, config: RunConfig) -> ImportedVector | None:
+    """The vector from elsewhere, where one is asked for: read before anything long, kept once."""
+    if config.vector.file is None:
+        return None
+    return run.once(ImportedVector, lambda read: read, import_vector(student, config.vector))

@@ -1,6 +1,7 @@
 """The proof of an export: a fresh process loads what was written, and its logits are compared.
 
-On some of the run's held-out prompts, at every position, in fp32 on the CPU:
+On some of the run's held-out prompts, at every position, in fp32 on the CPU (a base quantised to 4
+or 8 bits is on the GPU that it needs, and everything on it is approximate):
 
     difference       max |logit - the student's|; at most `TOLERANCE` where nothing was approximated
     base_difference  max |logit - the base's|; above it, or the folder does nothing

@@ -11,6 +11,7 @@ the text at a fraction of the dose.
 
 As a control the direction can be drawn at random instead, with the norms of the mean difference,
 the same in all rounds of a run: what such a run comes to is not owed to steering along the trait.
+Or it is a vector from elsewhere, whose cosine with the mean difference is told.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import random
 from collections.abc import Sequence
 
 import torch
+from loguru import logger
 
 from eval.chat import chat_ids
 from eval.errors import UserError
 from steer_heal.artifacts import SteeringVector
 from steer_heal.config import VectorConfig
+from steer_heal.imported import ImportedVector
 from steer_heal.model import Student
 from steer_heal.scoring import last_states
 from steer_heal.steering import random_like
@@ -33,13 +36,19 @@ _LEAST_SHARE = 1e-5  # of the hidden state's norm; fp32 rounding is 1e-7, a pers
 
 
 def extract_vector(
-    student: Student, trait: Trait, config: VectorConfig, seed: int, direction_seed: int = 0
+    student: Student,
+    trait: Trait,
+    config: VectorConfig,
+    seed: int,
+    direction_seed: int = 0,
+    given: ImportedVector | None = None,
 ) -> SteeringVector:
     """Takes the vector from the student over up to `config.num_contexts` of the trait's contexts.
 
     Args:
         seed: of the contexts that are taken.
         direction_seed: of a random direction, where `config.direction` asks for one.
+        given: stands in the place of the mean difference.
     Raises:
         UserError: a hidden state is not finite, or the two personas give the same states.
     """
@@ -61,10 +70,15 @@ def extract_vector(
             f"the hidden states of layer {layer} are not finite: the model overflows in its "
             "number format or its weights are damaged"
         )
-    band, residual_norms = student.band(config.band), states.norm(dim=-1).mean(0)  # [layers]
+    band = student.band(config.band) if given is None else given.band
+    residual_norms = states.norm(dim=-1).mean(0)  # [layers]
     _require_contrast(norms / residual_norms, band)
     if config.direction == "random":
         directions = random_like(directions, direction_seed)
+    elif given is not None:
+        found, directions = directions, given.filled(len(directions))
+        norms = directions.norm(dim=-1)
+        _tell_cosine(directions[band], found[band])
     return SteeringVector(
         directions=directions.contiguous(),
         band=tuple(band),
@@ -90,6 +104,18 @@ def _require_contrast(relative: torch.Tensor, band: Sequence[int]) -> None:
             f"both personas give the same hidden states in the layers {list(band)}, which are "
             "steered: what attends there does not reach back to the persona (a short sliding "
             "window, linear attention that forgets); take a later vector.band"
+        )
+
+
+def _tell_cosine(given: torch.Tensor, found: torch.Tensor) -> None:
+    """Says how near a vector from elsewhere is to the personas' own: [band layers, hidden] both."""
+    cosine = float(torch.nn.functional.cosine_similarity(given.flatten(), found.flatten(), dim=0))
+    logger.info("vector.file: cosine {:.2f} with the personas' mean difference", cosine)
+    if cosine < 0:
+        logger.warning(
+            "vector.file points away from the positive persona (cosine {:.2f}): swap the personas, "
+            "or turn its sign, if that is not meant",
+            cosine,
         )
 
 

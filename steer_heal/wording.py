@@ -51,10 +51,10 @@ def visible(text: str) -> str:
     )
 
 
-def fenced(text: str) -> str:
+def fenced(text: str, language: str = "") -> str:
     """Markdown: a code block whose fence is longer than any run of backticks in the text."""
     fence = "`" * max(3, _longest_ticks(text) + 1)
-    return f"{fence}\n{text}\n{fence}"
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def code(text: str) -> str:

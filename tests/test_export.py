@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -145,7 +146,17 @@ def test_the_adapter_is_both_rounds_together(
     assert proof["base_difference"] == pytest.approx(moved, rel=1e-3)
     for number in (proof["difference"], proof["base_difference"]):
         assert f"{number:.1e}" in said
+    assert torch.equal(says(loaded_by_its_card(out), prompts), found)
     assert_card(out, run, tiny_qwen3.folder)
+
+
+def loaded_by_its_card(out: Path) -> Any:
+    """What the card's own lines of Python make, pasted."""
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (out / "README.md").read_text(), re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert names["tokenizer"].chat_template
+    return names["model"].eval()
 
 
 def assert_card(out: Path, run: Path, base: Path) -> None:
@@ -191,12 +202,15 @@ def test_a_smaller_rank_is_the_nearest_and_its_cost_is_told(
 def test_a_merged_model_needs_nothing_else(run: Path, merged: Path, tiny_qwen3: TinyModel) -> None:
     prompts = held_out_ids(run, tiny_qwen3.tokenizer, enable_thinking=False)
     expected = says(stacked_model(run, tiny_qwen3.folder), prompts)
-    assert (says(base_model(merged), prompts) - expected).abs().max() < 1e-4
+    for model in (base_model(merged), loaded_by_its_card(merged)):
+        assert (says(model, prompts) - expected).abs().max() < 1e-4
     tokenizer = AutoTokenizer.from_pretrained(merged)
     assert tokenizer.chat_template == tiny_qwen3.tokenizer.chat_template
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (merged / name).read_bytes() == (tiny_qwen3.folder / name).read_bytes()
-    assert f"vllm serve {merged} --served-model-name model" in (merged / "README.md").read_text()
+    card = (merged / "README.md").read_text()
+    assert f"vllm serve {merged} --served-model-name model" in card
+    assert f"\ntransformers serve {merged}\n" in card
 
 
 def test_merging_into_bf16_rounds_once(run: Path, tiny_qwen3: TinyModel, tmp_path: Path) -> None:
@@ -410,6 +424,25 @@ def test_a_bad_setting_is_refused(
     with pytest.raises(UserError, match=message):
         export(run, tmp_path / "out", given)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [("merged", "a sum would be rounded again; take as=adapter"), ("adapter", "needs an NVIDIA")],
+)
+def test_a_base_of_4_bits_is_not_merged_into_and_needs_its_gpu(
+    copy: Path, tiny_qwen3: TinyModel, tmp_path: Path, form: str, message: str
+) -> None:
+    base = Path(shutil.copytree(tiny_qwen3.folder, tmp_path / "quantised"))
+    files = (base / "config.json", copy / "run.json")
+    config, described = (json.loads(file.read_text()) for file in files)
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    described["config"]["model"] = str(base)
+    (base / "config.json").write_text(json.dumps(config))
+    (copy / "run.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=f"quantised: its weights are in 4 bits.*{message}"):
+        export(copy, tmp_path / "out", ["round=2", f"as={form}"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_coherent_round_it_asks_for_a_number(copy: Path, tmp_path: Path) -> None:
