@@ -56,6 +56,8 @@ def _require_name(name: str | None) -> str | None:
     return name
 
 
+FREE = ("rounds", "patience", "folder", "device", "cache")  # may change in a run that was begun
+
 Band = Annotated[tuple[float, float], AfterValidator(_require_band)]
 Grid = Annotated[tuple[float, float], AfterValidator(_require_grid)]
 
@@ -232,6 +234,8 @@ class RunConfig(Settings):
     """Name of the run; by default trait, model and seed."""
     folder: str = "rounds"
     """Where runs land."""
+    cache: str | None = Field(None, min_length=1)
+    """Folder of stages that runs with equal settings share, each made once; by default none."""
     device: Device = "auto"
     """auto takes a GPU where there is one."""
     vector: VectorConfig = VectorConfig()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from steer_heal.artifacts import (
@@ -16,8 +15,9 @@ from steer_heal.artifacts import (
     SteeringVector,
     Unbarred,
 )
+from steer_heal.cache import open_cache
 from steer_heal.calibrate import calibrate
-from steer_heal.config import RunConfig
+from steer_heal.config import FREE, RunConfig
 from steer_heal.doctor import Checkup, admit
 from steer_heal.dose import choose_doses
 from steer_heal.evaluate import evaluate_controls, evaluate_round
@@ -42,12 +42,14 @@ def run_rounds(config: RunConfig, path: Path) -> None:
     check_run(path, description)  # all that is cheap to refuse comes before a model is loaded
     base = load_student(config.model, [], config.device)
     description["model"] = base.loaded.weights_hash
-    with open_run(path, config.seed, description) as run:
+    cache = open_cache(config.cache, description, base.loaded.model.device)
+    with open_run(path, config.seed, description, cache) as run:
         _loop(run, base, trait, config)
 
 
 def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
-    run.once(Checkup, partial(admit, trait=trait, config=config), student)
+    fixed = config.model_dump(exclude={*FREE, "run"})
+    run.once(Checkup, lambda *_: admit(student, trait, config), student, trait, fixed)
     given = _given(run, student, config)
     for adapter in run.last_stack():
         student = student.grown(adapter)

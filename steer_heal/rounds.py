@@ -1,9 +1,4 @@
-"""A run directory: paths, atomic writes, input fingerprints, the lock, the marker written last.
-
-A stage is run once: its files are written beside, flushed, and renamed, then `stages.json` records
-the fingerprint of what went in and the hash of what came out. A stage that is recorded is loaded;
-one recorded with another fingerprint, or whose files are not what was recorded, is refused by name.
-"""
+"""A run directory: its rounds and their markers, written last; the lock; what it was begun with."""
 
 from __future__ import annotations
 
@@ -12,163 +7,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal
 
 from loguru import logger
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
 from eval.errors import UserError
-from eval.files import (
-    NOT_AS_WRITTEN,
-    digest_of,
-    disk_errors,
-    file_hash,
-    locked,
-    move_into_place,
-    read_json,
-    scratch_folder,
-    write_json,
-    write_text,
-)
+from eval.files import NOT_AS_WRITTEN, disk_errors, locked, read_json, write_json, write_text
 from steer_heal.artifacts import Controls, Limits, RoundAdapter, RoundEval
+from steer_heal.cache import StageCache
 from steer_heal.changes import absent, changes
+from steer_heal.config import FREE
 from steer_heal.gate import is_coherent
+from steer_heal.stages import STAGES_FILE, WHAT_THEN, Stages
 
-RUN_FILE, STAGES_FILE, DONE_FILE = "run.json", "stages.json", "DONE"
-LOG_FILE = "log.txt"
-_FREE = ("rounds", "patience", "folder", "device")  # may change in a run that was begun
-_WHAT_THEN = (
-    "use the version that wrote it, or run again under another name with run=NAME: nothing in this "
-    "run was changed"
-)
-
-
-class Artifact(Protocol):
-    """What a stage leaves behind."""
-
-    stage: ClassVar[str]
-    files: ClassVar[tuple[str, ...]]
-
-    def save(self, folder: Path) -> None: ...
-
-    @classmethod
-    def load(cls, folder: Path) -> Self: ...
-
-
-Value = TypeVar("Value", bound=Artifact)
-
-
-class _StageRecord(BaseModel):
-    """What stages.json says of a stage."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    inputs: str  # fingerprint of what went in
-    files: dict[str, str]  # name -> SHA-256
-
-    @field_validator("files")
-    @classmethod
-    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
-        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
-            raise ValueError("a file outside of the folder")
-        return files
-
-
-_RECORDS = TypeAdapter(dict[str, _StageRecord])
-
-
-class Stages:
-    """A folder in which stages leave their files, each once."""
-
-    def __init__(self, path: Path, label: str, seed_path: tuple[Any, ...]) -> None:
-        self.path = path
-        self.label = label  # how messages call it
-        self._seed_path = seed_path
-        self.spent_s = 0.0  # wall time that its stages took in this process
-
-    def seed(self, stage: str) -> int:
-        """Seed of a stage's draws, from (run, round, stage): 31 bits."""
-        return int(digest_of(map(str, [*self._seed_path, stage]))[:8], 16) >> 1
-
-    def once(self, kind: type[Value], stage: Callable[..., Value], *inputs: Any) -> Value:
-        """The stage's artifact: loaded if it is there from the same inputs, made if it is not."""
-        name = kind.stage
-        fingerprint = digest_of([name, *(_digest(value) for value in inputs)])
-        recorded = self._recorded().get(name)
-        if recorded is None:
-            logger.info("{}: {}", self.label, name)
-            start = time.monotonic()
-            self._write(kind, stage(*inputs), fingerprint)
-            self.spent_s += time.monotonic() - start
-        elif recorded.inputs != fingerprint:
-            raise UserError(
-                f"{self.path / kind.files[0]} was made from other inputs than this run would give "
-                "it (the model, an earlier stage or the code's settings changed); start another "
-                "run with run=NAME, or take the old files away"
-            )
-        return self.read(kind)
-
-    def read(self, kind: type[Value]) -> Value:
-        """A recorded artifact, checked against its recorded hashes.
-
-        Raises:
-            UserError: not recorded, gone, not what was written, or of another version.
-        """
-        recorded = self._recorded().get(kind.stage)
-        if recorded is None:
-            raise UserError(f"{self.path}: stage {kind.stage!r} has not been run")
-        self._check(recorded)
-        try:
-            return kind.load(self.path)
-        except (ValueError, TypeError, KeyError) as error:  # its bytes are right, its fields not
-            raise UserError(_of_another_version(self.path / kind.files[0], error)) from error
-
-    def check(self) -> None:
-        """Refuses files of any stage that are not what was written."""
-        for recorded in self._recorded().values():
-            self._check(recorded)
-
-    def _check(self, recorded: _StageRecord) -> None:
-        for name, expected in recorded.files.items():
-            path = self.path / name
-            if not path.is_file():
-                raise UserError(f"{path} is gone; {self._how_to_redo()}")
-            if file_hash(path) != expected:
-                raise UserError(f"{path} {NOT_AS_WRITTEN}; {self._how_to_redo()}")
-
-    def has(self, kind: type[Artifact]) -> bool:
-        """Whether the stage has been run."""
-        return kind.stage in self._recorded()
-
-    def _write(self, kind: type[Value], value: Value, fingerprint: str) -> None:
-        with disk_errors(self.path), scratch_folder(self.path) as folder:
-            value.save(folder)
-            hashes = {name: file_hash(folder / name) for name in kind.files}
-            for name in kind.files:
-                move_into_place(folder / name, self.path / name)
-            stages = self._recorded() | {kind.stage: _StageRecord(inputs=fingerprint, files=hashes)}
-            plain = {stage: record.model_dump() for stage, record in stages.items()}
-            write_json(self.path / STAGES_FILE, plain)
-
-    def _recorded(self) -> dict[str, _StageRecord]:
-        path = self.path / STAGES_FILE
-        if not path.exists():
-            return {}
-        try:
-            return _RECORDS.validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise UserError(f"{path} {NOT_AS_WRITTEN}; {self._how_to_redo()}") from error
-
-    def _how_to_redo(self) -> str:
-        # without its record a stage is run again, and gives the same bytes
-        return f"take {self.path / STAGES_FILE} away to make the files of {self.label} again"
+RUN_FILE, DONE_FILE, LOG_FILE = "run.json", "DONE", "log.txt"
 
 
 class Round(Stages):
     """One round's folder."""
 
-    def __init__(self, path: Path, index: int, seed: int) -> None:
-        super().__init__(path, f"round {index + 1} ({path.name})", (seed, index))
+    def __init__(self, path: Path, index: int, seed: int, cache: StageCache | None = None) -> None:
+        super().__init__(path, f"round {index + 1} ({path.name})", (seed, index), cache)
         self.index = index
 
     @property
@@ -187,12 +46,12 @@ class Round(Stages):
 class Run(Stages):
     """A run's folder; hold it open while working in it."""
 
-    def __init__(self, path: Path, seed: int) -> None:
-        super().__init__(path, f"run {path.name}", (seed, "run"))
+    def __init__(self, path: Path, seed: int, cache: StageCache | None = None) -> None:
+        super().__init__(path, f"run {path.name}", (seed, "run"), cache)
         self._seed = seed
 
     def round(self, index: int) -> Round:
-        return Round(self.path / f"round-{index:02d}", index, self._seed)
+        return Round(self.path / f"round-{index:02d}", index, self._seed, self.cache)
 
     def done_rounds(self) -> list[Round]:
         """Finished rounds from the first on, without a gap; none before the controls are there."""
@@ -265,17 +124,20 @@ def check_run(path: Path, description: dict[str, Any]) -> None:
 
 
 @contextmanager
-def open_run(path: Path, seed: int, description: dict[str, Any]) -> Iterator[Run]:
+def open_run(
+    path: Path, seed: int, description: dict[str, Any], cache: StageCache | None = None
+) -> Iterator[Run]:
     """Opens a run for work: creates it, or goes on with it; no other process can meanwhile.
 
     Args:
         description: what run.json says; its "config" must be the run's own, but for what says how
             far to go.
+        cache: stages that other runs have made already are taken from it.
     Raises:
         UserError: another process holds it, it was begun with another config, or it cannot be
             written.
     """
-    run = Run(path, seed)
+    run = Run(path, seed, cache)
     with _held(path):
         with disk_errors(path):
             _sweep(path)
@@ -313,18 +175,6 @@ def _to_log(path: Path) -> Callable[[str], None]:
     return write
 
 
-def _of_another_version(file: Path, error: Exception) -> str:
-    """What to say of a file whose fields are not those of this version."""
-    first = error.errors()[0] if isinstance(error, ValidationError) else None
-    if first is None or first["type"] != "missing":
-        return (
-            f"{file} was written by another version of steer-heal "
-            f"({str(error).splitlines()[0]}); {_WHAT_THEN}"
-        )
-    field = ".".join(map(str, first["loc"]))
-    return f"{file} was written by an older version of steer-heal, without {field}; {_WHAT_THEN}"
-
-
 def _held(path: Path) -> AbstractContextManager[None]:
     return locked(path, f"run {path}", "run=NAME")
 
@@ -349,21 +199,13 @@ def _require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> No
     if unknown := list(absent(before["config"], now["config"])):
         raise UserError(
             f"{path / RUN_FILE} was written by an older version of steer-heal, without "
-            f"{', '.join(unknown)}; {_WHAT_THEN}"
+            f"{', '.join(unknown)}; {WHAT_THEN}"
         )
-    if changed := changes(before, now, free=_FREE):
+    if changed := changes(before, now, free=FREE):
         raise UserError(
             f"run {path} was begun with another config ({'; '.join(changed)}); "
             "give this one a name of its own with run=NAME"
         )
-
-
-def _digest(value: Any) -> str:
-    if hasattr(value, "digest"):
-        return value.digest()
-    if isinstance(value, BaseModel):
-        return digest_of([value.model_dump_json()])
-    return digest_of([repr(value)])
 
 
 def _sweep(path: Path) -> None:

@@ -5,7 +5,8 @@
       <variant>--seed<n>/     the runs
       study.md figures.json   the table, and every figure in it, drawn from the runs' files
 
-Seeds are the outer loop: a study that is stopped early has whole seeds of all its variants.
+Seeds are the outer loop: a study that is stopped early has whole seeds of all its variants. Stages
+that variants have in common are made once: they lie in a cache (cache.py) beside the folder.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class StudyConfig(Settings):
     """Every variant is run on the seeds from 0 on, so many."""
     folder: str | None = Field(None, min_length=1)
     """Where its runs land; rounds/study/NAME by default."""
+    cache: str | None = Field(None, min_length=1)
+    """Stages that its runs share with those of other studies; rounds/study/stages by default."""
 
 
 class Begun(BaseModel):
@@ -88,7 +91,8 @@ def run_study(study: Study, arguments: Sequence[str]) -> str:
     config = resolve_settings(StudyConfig, own)
     folder = Path(config.folder or f"rounds/study/{study.name}")
     _refuse_what_varies(study, shared)
-    runs = _runs(study, shared, config.seeds, folder)
+    cache = Path(config.cache or folder.parent / "stages")
+    runs = _runs(study, shared, config.seeds, folder, cache)
     begun = _begun(study, shared)  # refuses what a run would, before anything is made
     with locked(folder, f"study {folder}", "folder=PATH"):
         _agree(folder, begun)
@@ -120,14 +124,17 @@ def _refuse_what_varies(study: Study, shared: Sequence[str]) -> None:
             raise UserError(f"{_key(each)} is set by study {study.name} itself: leave it out")
 
 
-def _runs(study: Study, shared: Sequence[str], num_seeds: int, folder: Path) -> list[StudyRun]:
+def _runs(
+    study: Study, shared: Sequence[str], num_seeds: int, folder: Path, cache: Path
+) -> list[StudyRun]:
     return [
         StudyRun(
             variant=variant,
             seed=seed,
             settings=(
                 *(*shared, *overrides),
-                *(f"seed={seed}", f"run={variant}--seed{seed}", f"folder={folder}"),
+                *(f"seed={seed}", f"run={variant}--seed{seed}"),
+                *(f"folder={folder}", f"cache={cache}"),
             ),
         )
         for seed in range(num_seeds)

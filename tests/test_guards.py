@@ -31,8 +31,9 @@ from steer_heal.guards import Alarm, alarms
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import run_path
 from steer_heal.report import write_report
-from steer_heal.rounds import Artifact, Run, Stages
+from steer_heal.rounds import Run
 from steer_heal.saved import read_saved_run
+from steer_heal.stages import Artifact, Stages
 from steer_heal.summary import Summary, summarise
 from steer_heal.watch import Watch
 from tests.small import small_settings

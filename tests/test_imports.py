@@ -22,6 +22,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "stack",
                 "hooks",
                 "changes",
+                "stages",
                 "rounds",
                 "gate",
                 "trait",
@@ -43,6 +44,8 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "servable",
                 "merge",
                 "vector_files",
+                "imported",
+                "cache",
                 "proof",
             }
         ),

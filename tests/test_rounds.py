@@ -25,7 +25,8 @@ from steer_heal.artifacts import (
     TextLimit,
     TextLimits,
 )
-from steer_heal.rounds import Run, Stages, check_run, open_run, read_run
+from steer_heal.rounds import Run, check_run, open_run, read_run
+from steer_heal.stages import Stages
 
 MADE = {
     "num_completions": 16,

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ from tests.tiny import tiny_model_folder
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("rounds") / "study" / "ranking"
+CACHE = FOLDER.parent / "stages"
 VARIANTS = {"ranked": "filter.rank_by_enactment=true", "any": "filter.rank_by_enactment=false"}
 RUNS = [f"{variant}--seed{seed}" for seed in (0, 1) for variant in VARIANTS]
 STUDENT_T = 12.7062  # 97.5 % quantile with one degree of freedom
@@ -95,6 +97,8 @@ def test_killed_study_goes_on_to_the_bytes_of_ordinary_runs(
     for run in RUNS:
         variant, _, seed = run.partition("--seed")
         own = [VARIANTS[variant], f"seed={seed}", f"run={run}", f"folder={FOLDER}"]
+        own.append(f"cache={CACHE}")
+        shutil.rmtree(tmp_path / CACHE, ignore_errors=True)  # so that every stage is made
         rounds_of(tmp_path, 1, *settings[1:], *own)
         assert tree(folder / FOLDER / run) == tree(tmp_path / FOLDER / run), run
         assert (folder / FOLDER / run / "report.html").exists()

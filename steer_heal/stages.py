@@ -1,0 +1,197 @@
+"""Stages that leave their files in a folder, each run once.
+
+A stage's files are written beside, flushed, and renamed, then `stages.json` records the fingerprint
+of what went in and the hash of what came out. A stage that is recorded is loaded; one recorded with
+another fingerprint, or whose files are not what was recorded, is refused by name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+from loguru import logger
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+
+from eval.errors import UserError
+from eval.files import (
+    NOT_AS_WRITTEN,
+    digest_of,
+    disk_errors,
+    file_hash,
+    move_into_place,
+    scratch_folder,
+    write_json,
+)
+from steer_heal.cache import StageCache
+
+STAGES_FILE = "stages.json"
+WHAT_THEN = (
+    "use the version that wrote it, or run again under another name with run=NAME: nothing in this "
+    "run was changed"
+)
+
+
+class Artifact(Protocol):
+    """What a stage leaves behind."""
+
+    stage: ClassVar[str]
+    files: ClassVar[tuple[str, ...]]
+
+    def save(self, folder: Path) -> None: ...
+
+    @classmethod
+    def load(cls, folder: Path) -> Self: ...
+
+
+Value = TypeVar("Value", bound=Artifact)
+
+
+class _StageRecord(BaseModel):
+    """What stages.json says of a stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    inputs: str  # fingerprint of what went in
+    files: dict[str, str]  # name -> SHA-256
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            raise ValueError("a file outside of the folder")
+        return files
+
+
+_RECORDS = TypeAdapter(dict[str, _StageRecord])
+
+
+class Stages:
+    """A folder in which stages leave their files, each once."""
+
+    def __init__(
+        self, path: Path, label: str, seed_path: tuple[Any, ...], cache: StageCache | None = None
+    ) -> None:
+        self.path = path
+        self.label = label  # how messages call it
+        self.cache = cache  # of stages that other runs have made already
+        self._seed_path = seed_path
+        self.spent_s = 0.0  # wall time that its stages took in this process
+
+    def seed(self, stage: str) -> int:
+        """Seed of a stage's draws, from (run, round, stage): 31 bits."""
+        return int(digest_of(map(str, [*self._seed_path, stage]))[:8], 16) >> 1
+
+    def once(self, kind: type[Value], stage: Callable[..., Value], *inputs: Any) -> Value:
+        """The stage's artifact: loaded if it is there from the same inputs, made if it is not."""
+        name = kind.stage
+        fingerprint = digest_of([name, *(_digest(value) for value in inputs)])
+        recorded = self._recorded().get(name)
+        if recorded is None:
+            start = time.monotonic()
+            if self._fetch(kind, fingerprint):
+                logger.info("{}: {}, from the cache", self.label, name)
+            else:
+                logger.info("{}: {}", self.label, name)
+                self._write(kind, stage(*inputs), fingerprint)
+            self.spent_s += time.monotonic() - start
+        elif recorded.inputs != fingerprint:
+            raise UserError(
+                f"{self.path / kind.files[0]} was made from other inputs than this run would give "
+                "it (the model, an earlier stage or the code's settings changed); start another "
+                "run with run=NAME, or take the old files away"
+            )
+        return self.read(kind)
+
+    def read(self, kind: type[Value]) -> Value:
+        """A recorded artifact, checked against its recorded hashes.
+
+        Raises:
+            UserError: not recorded, gone, not what was written, or of another version.
+        """
+        recorded = self._recorded().get(kind.stage)
+        if recorded is None:
+            raise UserError(f"{self.path}: stage {kind.stage!r} has not been run")
+        self._check(recorded)
+        try:
+            return kind.load(self.path)
+        except (ValueError, TypeError, KeyError) as error:  # its bytes are right, its fields not
+            raise UserError(_of_another_version(self.path / kind.files[0], error)) from error
+
+    def check(self) -> None:
+        """Refuses files of any stage that are not what was written."""
+        for recorded in self._recorded().values():
+            self._check(recorded)
+
+    def _check(self, recorded: _StageRecord) -> None:
+        for name, expected in recorded.files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise UserError(f"{path} is gone; {self._how_to_redo()}")
+            if file_hash(path) != expected:
+                raise UserError(f"{path} {NOT_AS_WRITTEN}; {self._how_to_redo()}")
+
+    def has(self, kind: type[Artifact]) -> bool:
+        """Whether the stage has been run."""
+        return kind.stage in self._recorded()
+
+    def _fetch(self, kind: type[Artifact], fingerprint: str) -> bool:
+        """Takes the files of a stage from the cache; False: it has none from the same inputs."""
+        if self.cache is None:
+            return False
+        with disk_errors(self.path), scratch_folder(self.path) as folder:
+            found = self.cache.fetch(kind.stage, fingerprint, kind.files, folder)
+            if found:
+                self._place(kind, fingerprint, folder)
+        return found
+
+    def _write(self, kind: type[Artifact], value: Artifact, fingerprint: str) -> None:
+        with disk_errors(self.path), scratch_folder(self.path) as folder:
+            value.save(folder)
+            if self.cache is not None:
+                self.cache.put(kind.stage, fingerprint, kind.files, folder)
+            self._place(kind, fingerprint, folder)
+
+    def _place(self, kind: type[Artifact], fingerprint: str, folder: Path) -> None:
+        """Moves the files of a stage to where they belong, and records them."""
+        hashes = {name: file_hash(folder / name) for name in kind.files}
+        for name in kind.files:
+            move_into_place(folder / name, self.path / name)
+        stages = self._recorded() | {kind.stage: _StageRecord(inputs=fingerprint, files=hashes)}
+        plain = {stage: record.model_dump() for stage, record in stages.items()}
+        write_json(self.path / STAGES_FILE, plain)
+
+    def _recorded(self) -> dict[str, _StageRecord]:
+        path = self.path / STAGES_FILE
+        if not path.exists():
+            return {}
+        try:
+            return _RECORDS.validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise UserError(f"{path} {NOT_AS_WRITTEN}; {self._how_to_redo()}") from error
+
+    def _how_to_redo(self) -> str:
+        # without its record a stage is run again, and gives the same bytes
+        return f"take {self.path / STAGES_FILE} away to make the files of {self.label} again"
+
+
+def _of_another_version(file: Path, error: Exception) -> str:
+    """What to say of a file whose fields are not those of this version."""
+    first = error.errors()[0] if isinstance(error, ValidationError) else None
+    if first is None or first["type"] != "missing":
+        return (
+            f"{file} was written by another version of steer-heal "
+            f"({str(error).splitlines()[0]}); {WHAT_THEN}"
+        )
+    field = ".".join(map(str, first["loc"]))
+    return f"{file} was written by an older version of steer-heal, without {field}; {WHAT_THEN}"
+
+
+def _digest(value: Any) -> str:
+    if hasattr(value, "digest"):
+        return value.digest()
+    if isinstance(value, BaseModel):
+        return digest_of([value.model_dump_json()])
+    return digest_of([repr(value)])
