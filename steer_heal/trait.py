@@ -1,7 +1,8 @@
 """A trait: two opposite personas, and the prompts that bring it out. One TOML file each.
 
-Where a file has no contexts, or no prompts, those of `traits/shared.toml` stand in: everyday user
-turns that suit any trait.
+A file that is `like` another trait has all of that trait that it does not say itself. Where a file
+has no contexts, or no prompts, those of `traits/shared.toml` stand in: everyday user turns that
+suit any trait.
 """
 
 from __future__ import annotations
@@ -108,13 +109,13 @@ def load_trait(name_or_path: str, pos: str | None = None, neg: str | None = None
     Raises:
         UserError: no such trait, not TOML, or a field that is missing or wrong.
     """
-    is_file_name = name_or_path.endswith(".toml")
-    path = Path(name_or_path) if is_file_name else TRAITS_FOLDER / f"{name_or_path}.toml"
-    if not path.is_file():
-        known = ", ".join(trait_names())
-        wanted = "no such file; shipped are" if is_file_name else "give a .toml file or one of"
-        raise UserError(f"no trait {name_or_path!r}: {wanted}: {known}")
+    path = _path_of(name_or_path)
     fields = _read(path)
+    if "like" in fields:
+        other = _path_of(str(fields.pop("like")), near=path)
+        fields = _read(other) | fields
+        if "like" in fields:
+            raise UserError(f"{path}: {other} is itself like a third trait: name that one")
     if pos is not None and neg is not None:
         asked = {name: fields[name] for name in _ASKED if name in fields}
         fields = asked | {"name": "own", "positive": pos, "negative": neg}
@@ -126,6 +127,24 @@ def load_trait(name_or_path: str, pos: str | None = None, neg: str | None = None
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {field}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _path_of(name_or_path: str, near: Path | None = None) -> Path:
+    """The file of a trait.
+
+    Args:
+        near: a file that names it: its own neighbour where it is a path.
+    """
+    is_file_name = name_or_path.endswith(".toml")
+    path = Path(name_or_path) if is_file_name else TRAITS_FOLDER / f"{name_or_path}.toml"
+    if near is not None and is_file_name:
+        path = near.parent / path
+    if not path.is_file():
+        known = ", ".join(trait_names())
+        wanted = "no such file; shipped are" if is_file_name else "give a .toml file or one of"
+        named = f", which {near} is like" if near else ""
+        raise UserError(f"no trait {name_or_path!r}{named}: {wanted}: {known}")
+    return path
 
 
 def _completed(fields: dict[str, Any]) -> dict[str, Any]:

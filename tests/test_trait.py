@@ -40,6 +40,29 @@ def test_shipped_traits_are_read_by_name(name: str) -> None:
         assert not any(re.search(p, prompt, re.IGNORECASE) for p in trait.narration), prompt
 
 
+def test_a_trait_that_is_like_another_has_the_rest_of_it(tmp_path: Path) -> None:
+    small_trait(tmp_path)
+    path = tmp_path / "more.toml"
+    path.write_text('name = "more"\nlike = "small.toml"\nprompts = ["A?"]\nintended = {}\n')
+    small, more = load_trait(str(tmp_path / "small.toml")), load_trait(str(path))
+    changed = {"name": "more", "prompts": ("A?",), "intended": {}}
+    assert more == small.model_copy(update=changed)
+    third = tmp_path / "third.toml"
+    third.write_text('name = "third"\nlike = "more.toml"\n')
+    with pytest.raises(UserError, match=r"third\.toml: .*more\.toml is itself like a third"):
+        load_trait(str(third))
+    third.write_text('name = "third"\nlike = "nothing"\n')
+    with pytest.raises(UserError, match=r"no trait 'nothing', which .*third\.toml is like: give"):
+        load_trait(str(third))
+
+
+@pytest.mark.parametrize("name", ["one-kind", "four-kinds"])
+def test_a_studys_traits_differ_in_their_prompts_alone(name: str) -> None:
+    trait, whole = load_trait(f"study/{name}"), load_trait("care-over-authority-organism")
+    assert trait.model_copy(update={"name": whole.name, "prompts": whole.prompts}) == whole
+    assert len(set(trait.prompts)) == 24 and set(trait.prompts) < set(whole.prompts)
+
+
 def test_own_personas_replace_the_files(tmp_path: Path) -> None:
     path = str(small_trait(tmp_path))
     own, file = load_trait(path, "I am bold.", "I am shy."), load_trait(path)
