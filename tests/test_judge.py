@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from eval.chat import chat_ids
 from eval.errors import UserError
 from eval.sampling import sample_replies
 from steer_heal.config import resolve_config
-from steer_heal.judge import Judgement, judge
+from steer_heal.judge import Judged, Judgement, judge
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import run_path
 from steer_heal.model import load_student
@@ -42,11 +44,14 @@ def test_shares_are_those_of_replies_sampled_here(runs: list[Path], tiny_qwen3: 
     """The small trait names no words, so that the sign of the enactment decides."""
     before = tree(runs[0])
     (found,) = judge(runs[:1], 3)
-    assert tree(runs[0]) == before
+    after = tree(runs[0])
+    kept = json.loads(after.pop("judge.json"))
+    assert after == before and (kept["round"], kept["samples"]) == (1, 3)
     saved = read_saved_run(runs[0])
     trait, run = saved.trait, Run(runs[0], 0)
     student = load_student(str(tiny_qwen3.folder), run.last_stack(), "cpu")
     turns = [turn for turn in trait.held_out_prompts for _ in range(3)]
+    tails: dict[str, list[float]] = {}
     for name, each, system in (
         ("base", student.base, None),
         ("prompted", student.base, trait.positive),
@@ -60,8 +65,20 @@ def test_shares_are_those_of_replies_sampled_here(runs: list[Path], tiny_qwen3: 
         ids = [reply.token_ids for reply in replies]
         scores = score_completions(student, trait, turns, ids, 8)
         acts = np.array([score.enactment_nats > 0 for score in scores])
-        assert getattr(found, name).tolist() == acts.reshape(-1, 3).mean(1).tolist()
+        shares = acts.reshape(-1, 3).mean(1).tolist()
+        assert getattr(found, name).enacted.tolist() == shares
+        assert kept["conditions"][name]["enacted"] == shares
+        tails[name] = [
+            statistics.median(score.surprisal.tail_nll_nats for score in scores[start : start + 3])
+            for start in range(0, len(scores), 3)
+        ]
+        assert getattr(found, name).tail_nats.tolist() == pytest.approx(tails[name])
     assert len({str(found.base), str(found.prompted), str(found.healed)}) > 1
+    for name in ("prompted", "healed"):
+        change = statistics.mean(a - b for a, b in zip(tails[name], tails["base"], strict=True))
+        ratio = found.tail_ratio(name)
+        assert ratio.low <= ratio.estimate <= ratio.high
+        assert ratio.estimate == pytest.approx(math.exp(change))
 
 
 def test_several_runs_have_their_mean(runs: list[Path]) -> None:
@@ -69,8 +86,9 @@ def test_several_runs_have_their_mean(runs: list[Path]) -> None:
     assert one.label.startswith("seed0, round 1") and two.label.startswith("seed1, round 1")
     assert both.label == "mean of 2 runs"
     for name in ("base", "prompted", "healed"):
-        mean = (getattr(one, name) + getattr(two, name)) / 2
-        np.testing.assert_allclose(getattr(both, name), mean)
+        for figure in ("enacted", "tail_nats"):
+            a, b, mean = (getattr(getattr(each, name), figure) for each in (one, two, both))
+            np.testing.assert_allclose(mean, (a + b) / 2)
     assert both.gain.estimate == pytest.approx((one.gain.estimate + two.gain.estimate) / 2)
 
 
@@ -82,9 +100,13 @@ def test_several_runs_have_their_mean(runs: list[Path]) -> None:
     ],
 )
 def test_a_difference_is_said_with_its_interval(healed: list[float], said: str) -> None:
-    other = np.full(4, 0.75)
-    text = str(Judgement(label="run", base=other, prompted=other, healed=np.array(healed)))
-    head, *shares, gain = text.splitlines()
+    other = Judged(enacted=np.full(4, 0.75), tail_nats=np.full(4, 0.5))
+    ours = Judged(enacted=np.array(healed), tail_nats=np.full(4, 0.5 + math.log(1.25)))
+    text = str(Judgement(label="run", base=other, prompted=other, healed=ours))
+    head, *shares, gain, tail = text.splitlines()
+    assert tail == (
+        "  tail perplexity, over base's: prompted 1.000 [1.000, 1.000], healed 1.250 [1.250, 1.250]"
+    )
     assert head == "run:"
     assert [line.split()[0] for line in shares] == ["base", "prompted", "healed"]
     assert shares[0] == "  base      75.0 % [75.0, 75.0]"
