@@ -174,20 +174,30 @@ def test_stock_peft_loads_the_adapter_to_the_healed_student(made_run: FamilyRun)
 
 
 @pytest.mark.slow
-def test_the_export_is_the_stack(made_run: FamilyRun, tmp_path: Path) -> None:
-    ours = load_student(made_run.config.model, made_run.run.last_stack(), "cpu")
-    done = CliRunner().invoke(app, ["export", str(made_run.run.path), str(tmp_path / "out")])
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_the_export_is_the_stack(made_run: FamilyRun, form: str, tmp_path: Path) -> None:
+    ours, out = (
+        load_student(made_run.config.model, made_run.run.last_stack(), "cpu"),
+        tmp_path / "o",
+    )
+    done = CliRunner().invoke(app, ["export", str(made_run.run.path), str(out), f"as={form}"])
     assert done.exit_code == 0, done.output
-    assert_equals_the_stack(made_run, ours, tmp_path / "out")
+    assert_equals_the_stack(made_run, ours, out, is_merged=form == "merged")
 
 
 @torch.inference_mode()
-def assert_equals_the_stack(made_run: FamilyRun, ours: Student, folder: Path) -> None:
+def assert_equals_the_stack(
+    made_run: FamilyRun, ours: Student, folder: Path, is_merged: bool = False
+) -> None:
     ids = torch.tensor([chat_ids(ours.tokenizer, "What is 12 plus 30?", "You are kind.")])
     with ours.running() as model:
         expected = model(ids).logits
     untouched = made_run.base()(ids).logits
-    found = PeftModel.from_pretrained(made_run.base(), folder).eval()(ids).logits
+    if is_merged:
+        user = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        user = PeftModel.from_pretrained(made_run.base(), folder)
+    found = user.eval()(ids).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert float((expected - untouched).abs().max()) > 1e-3
 
