@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from eval.errors import UserError
-from eval.figures import seed_interval
-from eval.statistics import Interval, mean_interval
+from eval.figures import seed_interval, selectivity_difference
+from eval.statistics import Interval, mean_interval, shift_nats
 from eval.summary import fixed, interval_text
 from steer_heal.apart import run_apart
 from steer_heal.artifacts import ReplyRow
@@ -45,8 +45,10 @@ class BenchRow(BaseModel):
     authority_shift_random: tuple[float, ...]  # a value a direction
     authority_shift_steered: Interval
     authority_shift_healed: Interval
+    authority_healed_minus_prompted: Interval  # paired
     selectivity_prompted: Interval  # nats
     selectivity_healed: Interval
+    selectivity_healed_minus_prompted: Interval  # paired
     internalised: float  # -1 to 1, of the last round
     pmass_of_base: float
     tail_nats_base: float  # median over replies, nats a token
@@ -93,6 +95,8 @@ def _row(seed: int, wall_s: float, peak_gib: float, run: SavedRun) -> BenchRow:
     random = [condition_figures("random", row, rows["base"], run.trait) for row in controls.random]
     means = [prompt_means(rows[name].replies, _enacted) for name in ("healed", "prompted")]
     gain = mean_interval([after - before for after, before in zip(*means, strict=True)])
+    choices = {name: each.choices for name, each in rows.items()}
+    healed, prompted = ((choices[name], choices["base"]) for name in ("healed", "prompted"))
     moved = {name: figures.shifts["authority"] for name, figures in of.items() if name != "base"}
     return BenchRow(
         seed=seed,
@@ -102,9 +106,13 @@ def _row(seed: int, wall_s: float, peak_gib: float, run: SavedRun) -> BenchRow:
         enacted_random=tuple(figures.enacted.estimate for figures in random),
         healed_minus_prompted=gain,
         **{f"authority_shift_{name}": shift for name, shift in moved.items()},
+        authority_healed_minus_prompted=shift_nats(healed[0], prompted[0])["authority"],
         authority_shift_random=tuple(each.shifts["authority"].estimate for each in random),
         selectivity_prompted=_known(of["prompted"].selectivity),
         selectivity_healed=_known(of["healed"].selectivity),
+        selectivity_healed_minus_prompted=selectivity_difference(
+            healed, prompted, run.trait.intended
+        ),
         internalised=last.internalised,
         pmass_of_base=of["healed"].pmass_share,
         tail_nats_base=of["base"].tail_median_nats,

@@ -34,6 +34,15 @@ def test_table_is_read_from_the_runs_files(tiny_qwen3: TinyModel, tmp_path: Path
     assert all(float(cell) > 0 for cell in lines["wall_s"][:2])
     assert all(float(cell) > 0.1 for cell in lines["peak_memory_gib"][:2])
     assert len(lines["authority_shift_random"][0].split(", ")) == 2
+    difference = [
+        float(lines["authority_shift_healed"][seed].split()[0])
+        - float(lines["authority_shift_prompted"][seed].split()[0])
+        for seed in (0, 1)
+    ]
+    for seed in (0, 1):
+        paired = lines["authority_healed_minus_prompted"][seed]
+        assert float(paired.split()[0]) == pytest.approx(difference[seed], abs=2e-3)
+        assert "[" in lines["selectivity_healed_minus_prompted"][seed]
     with pytest.raises(UserError, match="starts from nothing"):
         bench(tmp_path / "bench", [3], settings)
 
