@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the networ
 
 import pytest
 import torch
+from playwright.sync_api import Browser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.browser import Tabs, open_browser
 from tests.tiny import FAMILIES, Family, tiny_model_folder
 
 torch.set_num_threads(1)
@@ -61,3 +64,19 @@ def tiny_gemma3(tiny_models: dict[Family, TinyModel]) -> TinyModel:
 def tiny(request: pytest.FixtureRequest, tiny_models: dict[Family, TinyModel]) -> TinyModel:
     """Each family in turn."""
     return tiny_models[request.param]
+
+
+@pytest.fixture(scope="module")  # no longer: its event loop is in the way of other ones
+def browser() -> Iterator[Browser]:
+    """A Chromium; the test skips where there is none."""
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def tabs(browser: Browser) -> Iterator[Tabs]:
+    """Opens pages; at the end none of them may have gone wrong."""
+    opened = Tabs(browser)
+    yield opened
+    opened.close()
+    assert opened.errors == []
