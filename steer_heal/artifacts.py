@@ -8,6 +8,7 @@ Only safetensors and JSON are ever loaded.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,6 +220,11 @@ class Screened(_Artifact):
     @property
     def kept(self) -> tuple[ScreenedCompletion, ...]:
         return tuple(row for row in self.rows if row.dropped is None)
+
+    @property
+    def drops(self) -> Counter[str]:
+        """Reason -> number of drafts dropped for it."""
+        return Counter(row.dropped for row in self.rows if row.dropped is not None)
 
     @property
     def num_kept_prompts(self) -> int:

@@ -1,4 +1,4 @@
-"""The plot: drift of the foundations over rounds, enactment beside it, coherence below."""
+"""The plot for papers: drift of the foundations over rounds, enactment, coherence below."""
 
 from __future__ import annotations
 
@@ -16,29 +16,18 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from eval.statistics import Interval
 
-Layout = Literal["wide", "narrow"]
-Theme = Literal["light", "dark"]
-LAYOUTS: tuple[Layout, ...] = ("wide", "narrow")
-THEMES: tuple[Theme, ...] = ("light", "dark")
+Format = Literal["png", "svg"]
+FORMATS: tuple[Format, ...] = ("png", "svg")
 
 DPI = 150
-SIZES_INCHES: dict[Layout, tuple[float, float]] = {"wide": (10.0, 7.0), "narrow": (4.3, 14.1)}
+WIDTH_INCHES, HEIGHT_INCHES = 10.0, 7.0
 # Left, bottom, width, height of the panels, inches; room for names is left at their right.
-_PLACES: dict[Layout, dict[str, tuple[float, float, float, float]]] = {
-    "wide": {
-        "drift": (0.75, 3.25, 3.7, 3.2),
-        "enacted": (6.65, 3.25, 2.0, 3.2),
-        "pmass": (0.75, 0.6, 1.85, 1.6),
-        "tail": (3.95, 0.6, 1.85, 1.6),
-        "mundane": (7.25, 0.6, 1.85, 1.6),
-    },
-    "narrow": {
-        "drift": (0.75, 10.6, 2.15, 3.0),
-        "enacted": (0.75, 7.55, 2.15, 2.0),
-        "pmass": (0.75, 5.15, 2.15, 1.35),
-        "tail": (0.75, 2.8, 2.15, 1.35),
-        "mundane": (0.75, 0.45, 2.15, 1.35),
-    },
+_PLACES = {
+    "drift": (0.75, 3.25, 3.7, 3.2),
+    "enacted": (6.65, 3.25, 2.0, 3.2),
+    "pmass": (0.75, 0.6, 1.85, 1.6),
+    "tail": (3.95, 0.6, 1.85, 1.6),
+    "mundane": (7.25, 0.6, 1.85, 1.6),
 }
 
 
@@ -70,16 +59,25 @@ class Drift:
     best_round: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Palette:
-    """Okabe and Ito's colours, told apart by the colour-blind; brighter on dark."""
-
-    paper: str
-    ink: str
-    muted: str
-    band: str
-    accents: tuple[str, ...]
-
+# Okabe and Ito's colours, told apart by the colour-blind.
+_INK, _MUTED, _BAND = "#1d2329", "#727b85", "#e9ecef"
+_ACCENTS = ("#c44e00", "#0067a5", "#007a5a", "#a8507f", "#8a6d00")
+_STYLE: Any = {  # matplotlib types its keys one by one, in some versions
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _MUTED,
+    "text.color": _INK,
+    "axes.titlecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "svg.hashsalt": "steer-heal",  # ids are drawn at random without one
+}
 
 _LINE_POINTS = 11.5  # height of a line of names
 _LEAD_POINTS = 12  # from a panel's right edge to the names
@@ -100,74 +98,41 @@ class _Label:
         return sum(self.heights) / len(self.heights)
 
 
-_PALETTES: dict[Theme, _Palette] = {
-    "light": _Palette(
-        paper="#ffffff",
-        ink="#1d2329",
-        muted="#727b85",
-        band="#e9ecef",
-        accents=("#c44e00", "#0067a5", "#007a5a", "#a8507f", "#8a6d00"),
-    ),
-    "dark": _Palette(
-        paper="#171b20",
-        ink="#e4e7ea",
-        muted="#949ca5",
-        band="#2a3037",
-        accents=("#ff9248", "#62b6ef", "#3ecf9f", "#e59bc4", "#e6c229"),
-    ),
-}
-
-
-def draw_drift(drift: Drift, layout: Layout, theme: Theme) -> bytes:
-    """Draws the plot as a PNG; the same bytes for the same numbers."""
-    palette = _PALETTES[theme]
-    style: Any = {  # matplotlib types its keys one by one, in some versions
-        "font.family": "DejaVu Sans",
-        "font.size": 9.5,
-        "axes.titlesize": 10.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.facecolor": palette.paper,
-        "figure.facecolor": palette.paper,
-        "axes.edgecolor": palette.muted,
-        "text.color": palette.ink,
-        "axes.titlecolor": palette.ink,
-        "axes.labelcolor": palette.ink,
-        "xtick.color": palette.ink,
-        "ytick.color": palette.ink,
-    }
-    with mpl.rc_context(style):
-        width, height = SIZES_INCHES[layout]
-        figure = Figure(figsize=(width, height), dpi=DPI)
+def draw_drift(drift: Drift, format: Format) -> bytes:
+    """Draws the plot as a picture; the same bytes for the same numbers."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DPI)
         FigureCanvasAgg(figure)
-        for name, (left, bottom, wide, high) in _PLACES[layout].items():
-            place = (left / width, bottom / height, wide / width, high / height)
+        for name, (left, bottom, width, height) in _PLACES.items():
+            place = (
+                *(left / WIDTH_INCHES, bottom / HEIGHT_INCHES),
+                *(width / WIDTH_INCHES, height / HEIGHT_INCHES),
+            )
             panel = figure.add_axes(place)
-            labels = _PANELS[name](panel, drift, palette)
-            _number_rounds(panel, len(drift.enacted), drift.best_round, palette)
-            _label_right(panel, labels, high)
+            labels = _PANELS[name](panel, drift)
+            _number_rounds(panel, len(drift.enacted), drift.best_round)
+            _label_right(panel, labels, height)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        undated = {"png": {"Software": None}, "svg": {"Date": None}}
+        figure.savefig(buffer, format=format, metadata=undated[format])
     return buffer.getvalue()
 
 
-def _draw_foundations(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
+def _draw_foundations(axes: Axes, drift: Drift) -> list[_Label]:
     note = "shaded: 95 % intervals"
     if any(foundation.is_intended for foundation in drift.foundations):
         note += " · ×: random directions, same KL"
-    _title(axes, "What the model finds at stake", note, palette)
+    _title(axes, "What the model finds at stake", note)
     axes.set_ylabel("shift of log probability from base, nats")
     rounds = range(len(drift.enacted))
-    axes.axhline(0, color=palette.ink, linewidth=1)
-    accents = iter(palette.accents * 2)
+    axes.axhline(0, color=_INK, linewidth=1)
+    accents = iter(_ACCENTS * 2)
     labels = []
     for foundation in sorted(drift.foundations, key=lambda foundation: foundation.is_intended):
         estimates = [shift.estimate for shift in foundation.shifts]
         lows = [shift.low for shift in foundation.shifts]
         highs = [shift.high for shift in foundation.shifts]
-        color = next(accents) if foundation.is_intended else palette.muted
+        color = next(accents) if foundation.is_intended else _MUTED
         strong = foundation.is_intended
         axes.fill_between(rounds, lows, highs, color=color, alpha=0.2 if strong else 0.08, lw=0)
         axes.plot(rounds, estimates, color=color, lw=2.4 if strong else 1.1, marker="o", ms=4)
@@ -182,11 +147,11 @@ def _draw_foundations(axes: Axes, drift: Drift, palette: _Palette) -> list[_Labe
     return labels
 
 
-def _draw_enacted(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
-    _title(axes, "Replies that act the trait out", "shaded: 95 % intervals", palette)
+def _draw_enacted(axes: Axes, drift: Drift) -> list[_Label]:
+    _title(axes, "Replies that act the trait out", "shaded: 95 % intervals")
     axes.set_ylabel("share of held-out replies")
     rounds = range(len(drift.enacted))
-    color = palette.accents[2]
+    color = _ACCENTS[2]
     axes.fill_between(
         rounds,
         [share.low for share in drift.enacted],
@@ -197,66 +162,66 @@ def _draw_enacted(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
     )
     axes.plot(rounds, [share.estimate for share in drift.enacted], color=color, lw=2.4, marker="o")
     base = drift.enacted[0].estimate
-    axes.axhline(base, color=palette.ink, lw=1)
+    axes.axhline(base, color=_INK, lw=1)
     axes.axhline(drift.enacted_prompted, color=color, lw=1.3, ls=(0, (5, 3)))
     for share in drift.enacted_random:
-        axes.axhline(share, color=palette.muted, lw=1.3, ls=(0, (1, 2)))
+        axes.axhline(share, color=_MUTED, lw=1.3, ls=(0, (1, 2)))
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     return [
         _Label(text="healed", heights=(drift.enacted[-1].estimate,), color=color, strong=True),
         _Label(text="persona prompt", heights=(drift.enacted_prompted,), color=color),
-        _Label(text="base", heights=(base,), color=palette.ink),
-        _Label(text="random", heights=drift.enacted_random, color=palette.muted),
+        _Label(text="base", heights=(base,), color=_INK),
+        _Label(text="random", heights=drift.enacted_random, color=_MUTED),
     ]
 
 
-def _draw_pmass(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
-    _title(axes, "Answers in the asked format", "pmass; below the gate: incoherent", palette)
+def _draw_pmass(axes: Axes, drift: Drift) -> list[_Label]:
+    _title(axes, "Answers in the asked format", "pmass; below the gate: incoherent")
     axes.set_ylabel("share of base's")
-    axes.axhline(drift.pmass_gate, color=palette.accents[0], lw=1.3, ls=(0, (5, 3)))
-    axes.plot(range(len(drift.pmass_shares)), drift.pmass_shares, color=palette.ink, marker="o")
+    axes.axhline(drift.pmass_gate, color=_ACCENTS[0], lw=1.3, ls=(0, (5, 3)))
+    axes.plot(range(len(drift.pmass_shares)), drift.pmass_shares, color=_INK, marker="o")
     lowest, highest = min(drift.pmass_shares), max(drift.pmass_shares)
     axes.set_ylim(min(0.978, lowest - 0.1 * (1 - lowest)), max(1.004, highest * 1.002))
     axes.ticklabel_format(axis="y", useOffset=False)
     return [
-        _Label(text="gate", heights=(drift.pmass_gate,), color=palette.accents[0]),
-        _Label(text="healed", heights=drift.pmass_shares[-1:], color=palette.ink),
+        _Label(text="gate", heights=(drift.pmass_gate,), color=_ACCENTS[0]),
+        _Label(text="healed", heights=drift.pmass_shares[-1:], color=_INK),
     ]
 
 
-def _draw_tail(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
+def _draw_tail(axes: Axes, drift: Drift) -> list[_Label]:
     note = "under base · grey: base's own, 5 to 95 %"
-    _title(axes, "Surprisal of the replies' ends", note, palette)
+    _title(axes, "Surprisal of the replies' ends", note)
     axes.set_ylabel("nats a token")
     rounds = range(len(drift.tail_medians_nats))
     low, high = drift.base_tail_nats
-    axes.axhspan(low, high, color=palette.band, lw=0)
-    axes.plot(rounds, drift.tail_medians_nats, color=palette.ink, marker="o")
-    axes.plot(rounds, drift.tail_p90s_nats, color=palette.muted, marker="o", ms=4, lw=1.1)
+    axes.axhspan(low, high, color=_BAND, lw=0)
+    axes.plot(rounds, drift.tail_medians_nats, color=_INK, marker="o")
+    axes.plot(rounds, drift.tail_p90s_nats, color=_MUTED, marker="o", ms=4, lw=1.1)
     axes.set_ylim(0, max(high, *drift.tail_p90s_nats) * 1.12)
     return [
-        _Label(text="90 %", heights=drift.tail_p90s_nats[-1:], color=palette.muted),
-        _Label(text="median", heights=drift.tail_medians_nats[-1:], color=palette.ink),
+        _Label(text="90 %", heights=drift.tail_p90s_nats[-1:], color=_MUTED),
+        _Label(text="median", heights=drift.tail_medians_nats[-1:], color=_INK),
     ]
 
 
-def _draw_mundane(axes: Axes, drift: Drift, palette: _Palette) -> list[_Label]:
-    _title(axes, "Mundane tasks", "must not be touched by the trait", palette)
+def _draw_mundane(axes: Axes, drift: Drift) -> list[_Label]:
+    _title(axes, "Mundane tasks", "must not be touched by the trait")
     axes.set_ylabel("share right")
-    axes.axhline(drift.mundane[0], color=palette.muted, lw=1.1)
-    axes.plot(range(len(drift.mundane)), drift.mundane, color=palette.ink, marker="o")
+    axes.axhline(drift.mundane[0], color=_MUTED, lw=1.1)
+    axes.plot(range(len(drift.mundane)), drift.mundane, color=_INK, marker="o")
     lowest = min(*drift.mundane, 0.88)
     axes.set_ylim(lowest - 0.1 * (1 - lowest), 1.01)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))  # whole percents
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     return [
-        _Label(text="healed", heights=drift.mundane[-1:], color=palette.ink),
-        _Label(text="base", heights=drift.mundane[:1], color=palette.muted),
+        _Label(text="healed", heights=drift.mundane[-1:], color=_INK),
+        _Label(text="base", heights=drift.mundane[:1], color=_MUTED),
     ]
 
 
-def _title(axes: Axes, title: str, note: str, palette: _Palette) -> None:
+def _title(axes: Axes, title: str, note: str) -> None:
     """A heading and, below it, how to read the panel."""
     axes.set_title(title, pad=18)
     axes.annotate(
@@ -266,18 +231,18 @@ def _title(axes: Axes, title: str, note: str, palette: _Palette) -> None:
         xytext=(0, 5),
         textcoords="offset points",
         fontsize=8,
-        color=palette.muted,
+        color=_MUTED,
     )
 
 
-def _number_rounds(axes: Axes, count: int, best: int | None, palette: _Palette) -> None:
+def _number_rounds(axes: Axes, count: int, best: int | None) -> None:
     """The x axis: base, then the rounds; the best one is marked."""
     axes.set_xlim(-_MARGIN_ROUNDS, count - 1 + _MARGIN_ROUNDS)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.xaxis.set_major_formatter(lambda x, _: "base" if x == 0 else f"{x:.0f}")
     axes.set_xlabel("after round" + (f" (best: {best})" if best is not None else ""))
     if best is not None:
-        axes.axvline(best, color=palette.band, lw=5, zorder=0)
+        axes.axvline(best, color=_BAND, lw=5, zorder=0)
 
 
 def _label_right(axes: Axes, labels: Sequence[_Label], height_inches: float) -> None:

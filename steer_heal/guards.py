@@ -23,6 +23,7 @@ from typing import Any
 
 from eval.summary import fixed
 from steer_heal.gate import PMASS_GATE
+from steer_heal.saved import late, share_fired
 from steer_heal.summary import RoundFigures, Summary
 from steer_heal.wording import bounds, nats, percent, plain_bounds
 
@@ -128,7 +129,7 @@ def _stretched(summary: Summary, round: RoundFigures) -> str | None:
 
 
 def _silent(summary: Summary, round: RoundFigures) -> str | None:
-    if round.share_fired > 0:
+    if share_fired(round.saved.steps) > 0:
         return None
     highest = max(step.kl_nats for step in round.saved.steps)
     off = ", and its weight is 0" if _heal(summary)["barrier_weight"] == 0 else ""
@@ -136,10 +137,11 @@ def _silent(summary: Summary, round: RoundFigures) -> str | None:
 
 
 def _always_on(summary: Summary, round: RoundFigures) -> str | None:
-    share = sum(step.share_over for step in round.late) / len(round.late)
+    steps = late(round.saved.steps)
+    share = sum(step.share_over for step in steps) / len(steps)
     if share < _ALWAYS_SHARE or _heal(summary)["barrier_weight"] == 0:
         return None
-    lowest = min(step.kl_nats for step in round.late)
+    lowest = min(step.kl_nats for step in steps)
     return f"{percent(share)}; lowest step {fixed(lowest, 3)} nats, threshold {_threshold(round)}"
 
 

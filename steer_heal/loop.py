@@ -27,6 +27,7 @@ from steer_heal.heal import heal
 from steer_heal.imported import ImportedVector, import_vector
 from steer_heal.manifest import describe
 from steer_heal.model import Student, check_model, load_student
+from steer_heal.report import draw_page
 from steer_heal.rounds import Run, check_run, open_run
 from steer_heal.trait import Trait, load_trait
 from steer_heal.unbarred import heal_unbarred
@@ -59,6 +60,7 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
     )
     watch = Watch(run)
     for round in run.unfinished_rounds(config.rounds, watch.why_stop):
+        draw_page(run.path)
         s = round.seed
         vector = round.once(
             *(SteeringVector, extract_vector, student, trait, config.vector),

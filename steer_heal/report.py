@@ -1,32 +1,51 @@
-"""The report: the saved files of a run -> report.html, drift.png, drift.csv. Loads no model."""
+"""The report: the saved files of a run -> report.html, drift.png, drift.svg, drift.csv.
+
+Loads no model. The page is one file: what draws it and the data are in it, and nothing is fetched.
+It is drawn of any run, whatever stage it is in; the figures for papers of one with a round done.
+"""
 
 from __future__ import annotations
 
-import base64
 import itertools
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
+from plotly.offline import get_plotlyjs
 
+from eval.errors import UserError
 from eval.files import write_bytes, write_text
 from eval.summary import fixed
 from steer_heal.artifacts import ReplyRow
+from steer_heal.browse import pack, packed_completions
+from steer_heal.chart import PALETTE, Chart, round_name
+from steer_heal.charts import coherence_charts, foundation_charts
 from steer_heal.config import resolve_config
+from steer_heal.drift_map import drift_charts
 from steer_heal.drift_table import drift_csv
-from steer_heal.figures import LAYOUTS, THEMES, Drift, FoundationDrift, draw_drift
+from steer_heal.figures import FORMATS, Drift, FoundationDrift, draw_drift
+from steer_heal.filter_charts import filter_charts
 from steer_heal.gate import PMASS_GATE
 from steer_heal.guards import RETENTION_GATE, Alarm, alarms
-from steer_heal.saved import SavedRun, read_saved_run
+from steer_heal.progress import Progress, read_progress
+from steer_heal.round_charts import dose_charts, heal_charts
+from steer_heal.saved import SavedRun, early, late, share_fired
 from steer_heal.summary import Summary, summarise
+from steer_heal.verdict import judge_run
 from steer_heal.watch import early_stop
-from steer_heal.wording import percent, templates
+from steer_heal.wording import percent, script_json, templates
 
-PAGE_FILE, PLOT_FILE, TABLE_FILE = "report.html", "drift.png", "drift.csv"
+PAGE_FILE, TABLE_FILE = "report.html", "drift.csv"
 NUM_DIARY_PROMPTS = 6
+_REFERENCES = {  # heal.barrier_reference -> how people call it
+    "previous": "the student before",
+    "base": "base",
+    "last_good": "the last coherent round",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,24 +57,35 @@ class DiaryEntry:
 
 
 def write_report(path: Path) -> Path:
-    """Draws page, plot and table of a run, says what they show, returns the page's path.
+    """Draws page, plots and table of a run, says what they show, returns the page's path.
 
     Raises:
-        UserError: no run, no finished round yet, a file that is not what was written.
+        UserError: no run, or a file that is not what was written.
     """
-    report = summarise(read_saved_run(path))
-    drift = drift_of(report)
-    plots = {
-        f"{layout}_{theme}": draw_drift(drift, layout, theme)
-        for layout, theme in itertools.product(LAYOUTS, THEMES)
-    }
-    page = render_page(report, plots)
-    write_bytes(path / PLOT_FILE, plots["wide_light"])
-    write_text(path / TABLE_FILE, drift_csv(report))
+    progress = read_progress(path)
+    report = summarise(progress.saved) if progress.saved else None
+    page = render_page(progress, report)
+    if report is not None and report.rounds:
+        drift = drift_of(report)
+        for format in FORMATS:
+            write_bytes(path / f"drift.{format}", draw_drift(drift, format))
+        write_text(path / TABLE_FILE, drift_csv(report))
+        logger.info(terminal_summary(report))
+    elif progress.following:
+        logger.info("no round is done yet; next: {}", progress.following)
     write_text(path / PAGE_FILE, page)
-    logger.info(terminal_summary(report))
     logger.info("report: {}", path / PAGE_FILE)
     return path / PAGE_FILE
+
+
+def draw_page(path: Path) -> None:
+    """Draws the page alone, of a run that goes on: one that cannot be written costs no more."""
+    try:
+        progress = read_progress(path)
+        report = summarise(progress.saved) if progress.saved else None
+        write_text(path / PAGE_FILE, render_page(progress, report))
+    except UserError as error:
+        logger.warning("the page could not be drawn, the run goes on: {}", error)
 
 
 def drift_of(report: Summary) -> Drift:
@@ -85,29 +115,62 @@ def drift_of(report: Summary) -> Drift:
     )
 
 
-def render_page(report: Summary, plots: Mapping[str, bytes]) -> str:
-    """The page as one file: model text is escaped, the plots (layout_theme -> PNG) are embedded."""
+def render_page(progress: Progress, report: Summary | None) -> str:
+    """The page as one file; model text is always escaped.
+
+    Args:
+        report: None where base and prompts are not measured yet.
+    """
+    charts = charts_of(progress, report)
+    done = early_stop(report) if report is not None and report.rounds else None
+    found = alarms(report) if report is not None else []
     return (
         templates(is_html=True)
         .get_template("report.html")
         .render(
+            progress=progress,
+            following=None if done else progress.following,
+            done=done,
             report=report,
-            diary=diary_of(report.run),
-            plots={name: base64.b64encode(plot).decode() for name, plot in plots.items()},
-            command=command_of(report.run.description.config),
-            settings=list(_flat(report.run.description.config)),
+            verdict=judge_run(report) if report is not None and report.rounds else None,
+            warnings=[list(group) for _, group in itertools.groupby(found, _name)],
+            charts=charts,
+            diary=diary_of(progress.saved) if progress.saved else [],
+            command=command_of(progress.description.config),
+            settings=list(_flat(progress.description.config)),
             retention_gate=RETENTION_GATE,
-            warnings=[list(found) for _, found in itertools.groupby(alarms(report), _name)],
-            done=early_stop(report),
+            palette=PALETTE,
+            round_name=round_name,
+            drawn=script_json(_drawn(charts)),
+            plotly=_packed_plotly(),
+            completions=packed_completions(progress.rounds),
+            reference=_REFERENCES[progress.description.config["heal"]["barrier_reference"]],
+            early=early,
+            late=late,
+            share_fired=share_fired,
         )
     )
+
+
+def charts_of(progress: Progress, report: Summary | None) -> dict[str, list[Chart]]:
+    """Section of the page -> its charts; none where there is nothing to draw yet."""
+    base = report.base_enactment_nats.estimate if report is not None else None
+    return {
+        "drift": drift_charts(report) if report is not None else [],
+        "foundations": foundation_charts(report) if report is not None else [],
+        "coherence": coherence_charts(report) if report is not None else [],
+        "doses": dose_charts(progress.rounds),
+        "filter": filter_charts(progress.rounds, base),
+        "heal": heal_charts(progress.rounds),
+    }
 
 
 def diary_of(run: SavedRun) -> list[DiaryEntry]:
     """Held-out prompts, evenly spaced, with the first reply of every condition to each."""
     conditions = [("base", run.controls.base), ("persona prompt", run.controls.prompted)]
-    for number, saved in enumerate(run.rounds, start=1):
-        conditions.append((f"after round {number}", saved.evaluation.healed))
+    for round in run.rounds:
+        conditions.append((f"round {round.number}, steered", round.evaluation.steered))
+        conditions.append((f"round {round.number}, healed", round.evaluation.healed))
     firsts = [
         (label, {reply.prompt_index: reply for reply in rows.replies if reply.sample == 0})
         for label, rows in conditions
@@ -148,6 +211,20 @@ def terminal_summary(report: Summary) -> str:
         f"pmass {fixed(last.pmass_share, 3)} of base; "
         f"mundane {percent(last.mundane)} (base {percent(report.base.mundane)})"
     )
+
+
+def _drawn(charts: dict[str, list[Chart]]) -> dict[str, Any]:
+    """What the page's script draws: figures by name, and the names of their colours."""
+    figures = [chart for section in charts.values() for chart in section]
+    return {
+        "figures": {chart.name: chart.figure.to_plotly_json() for chart in figures},
+        "colors": {light: f"--{name}" for name, (light, _) in PALETTE.items()},
+    }
+
+
+@lru_cache(maxsize=1)
+def _packed_plotly() -> str:
+    return pack(get_plotlyjs())
 
 
 def _name(alarm: Alarm) -> str:

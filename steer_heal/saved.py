@@ -67,10 +67,21 @@ class Description(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedRound:
+class BegunRound:
+    """The files of a round, as far as it went; None: that stage has not been run."""
+
+    number: int  # from 1
+    folder: str
+    vector: SteeringVector | None
+    doses: Doses | None
+    screened: Screened | None
+    steps: tuple[TrainStep, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRound(BegunRound):
     """The files of a finished round."""
 
-    folder: str
     vector: SteeringVector
     doses: Doses
     screened: Screened
@@ -88,7 +99,7 @@ class SavedRun:
     limits: Limits
     controls: Controls
     unbarred: Unbarred | None  # None: it was not asked for
-    rounds: tuple[SavedRound, ...]  # at least one
+    rounds: tuple[SavedRound, ...]  # the finished ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,23 +146,41 @@ class ConditionFigures:
     mundane: float  # share of tasks right, 0 to 1
 
 
+def read_description(path: Path) -> Description:
+    """What a run is of.
+
+    Raises:
+        UserError: no run.
+    """
+    try:
+        return Description.model_validate(read_run(path))
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{path / RUN_FILE} does not describe a run: {field}") from error
+
+
 def read_saved_run(path: Path) -> SavedRun:
-    """Reads a run's files, checked against their recorded hashes.
+    """Reads a run's files, checked against their recorded hashes; at least one round is there.
 
     Raises:
         UserError: no run, no finished round yet, a file that is not what was written.
     """
-    try:
-        description = Description.model_validate(read_run(path))
-    except ValidationError as error:
-        field = ".".join(map(str, error.errors()[0]["loc"]))
-        raise UserError(f"{path / RUN_FILE} does not describe a run: {field}") from error
+    description = read_description(path)
     run = Run(path, description.config["seed"])
-    done = run.done_rounds()
-    if not done:
+    if not run.done_rounds():
         raise UserError(f"{path}: no round is finished yet, so there is nothing to show")
+    return gather(run, description)
+
+
+def gather(run: Run, description: Description) -> SavedRun:
+    """The files of a run whose controls are there, and of those of its rounds that are finished.
+
+    Raises:
+        UserError: a file that is not what was written.
+    """
     rounds = [
         SavedRound(
+            number=number,
             folder=round.path.name,
             vector=round.read(SteeringVector),
             doses=round.read(Doses),
@@ -159,10 +188,10 @@ def read_saved_run(path: Path) -> SavedRun:
             steps=round.read(RoundAdapter).steps,
             evaluation=round.read(RoundEval),
         )
-        for round in done
+        for number, round in enumerate(run.done_rounds(), start=1)
     ]
     return SavedRun(
-        path=path,
+        path=run.path,
         description=description,
         trait=description.trait,
         limits=run.read(Limits),
@@ -170,6 +199,21 @@ def read_saved_run(path: Path) -> SavedRun:
         unbarred=run.read(Unbarred) if run.has(Unbarred) else None,
         rounds=tuple(rounds),
     )
+
+
+def early(steps: tuple[TrainStep, ...]) -> tuple[TrainStep, ...]:
+    """The first quarter of the training steps: single ones are noisy."""
+    return steps[: max(1, len(steps) // 4)]
+
+
+def late(steps: tuple[TrainStep, ...]) -> tuple[TrainStep, ...]:
+    """The last quarter of the training steps."""
+    return steps[-max(1, len(steps) // 4) :]
+
+
+def share_fired(steps: tuple[TrainStep, ...]) -> float:
+    """Share of the training steps with the barrier on, 0 to 1."""
+    return sum(step.share_over > 0 for step in steps) / len(steps)
 
 
 def condition_figures(

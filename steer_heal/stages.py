@@ -137,6 +137,10 @@ class Stages:
         """Whether the stage has been run."""
         return kind.stage in self._recorded()
 
+    def recorded_stages(self) -> frozenset[str]:
+        """Names of the stages that have been run."""
+        return frozenset(self._recorded())
+
     def _fetch(self, kind: type[Artifact], fingerprint: str) -> bool:
         """Takes the files of a stage from the cache; False: it has none from the same inputs."""
         if self.cache is None:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from eval.figures import seed_interval
 from eval.statistics import Interval
 from eval.summary import fixed, interval_text
-from steer_heal.saved import read_saved_run
+from steer_heal.saved import read_saved_run, share_fired
 from steer_heal.studies import Study
 from steer_heal.summary import summarise
 
@@ -133,7 +133,7 @@ def _row(seed: int, path: Path) -> StudyRow:
         tail_of_base=healed.tail_median_nats / base.tail_median_nats,
         mundane=healed.mundane,
         internalised=last.saved.evaluation.internalised,
-        barrier_on=last.share_fired,
+        barrier_on=share_fired(last.saved.steps),
     )
 
 

@@ -12,7 +12,6 @@ Rounds are counted from 1 here, round 0 being the base; the folder of round 1 is
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.nn.functional import cosine_similarity
 
 from eval.figures import seed_interval
 from eval.statistics import Interval, mean_interval
-from steer_heal.artifacts import SteeringVector, TrainStep
+from steer_heal.artifacts import SteeringVector
 from steer_heal.gate import TAIL_GATE, is_coherent
 from steer_heal.saved import (
     ConditionFigures,
@@ -48,30 +47,9 @@ class RoundFigures:
     vector_cosine: float  # with round 1's vector, over the steered layers, -1 to 1
 
     @property
-    def share_fired(self) -> float:
-        """Share of the training steps with the barrier on, 0 to 1."""
-        steps = self.saved.steps
-        return sum(step.share_over > 0 for step in steps) / len(steps)
-
-    @property
     def kept_enactment_nats(self) -> float:
         """Enactment of the kept completions, on average, nats a token."""
         return float(np.mean([row.enactment_nats for row in self.saved.screened.kept]))
-
-    @property
-    def early(self) -> tuple[TrainStep, ...]:
-        """The first quarter of the training steps: single ones are noisy."""
-        return self.saved.steps[: max(1, len(self.saved.steps) // 4)]
-
-    @property
-    def late(self) -> tuple[TrainStep, ...]:
-        """The last quarter of the training steps."""
-        return self.saved.steps[-max(1, len(self.saved.steps) // 4) :]
-
-    @property
-    def drops(self) -> Counter[str]:
-        """Reason -> number of drafts dropped for it."""
-        return Counter(row.dropped for row in self.saved.screened.rows if row.dropped is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +62,7 @@ class Summary:
     engineered: ConditionFigures
     random: tuple[ConditionFigures, ...]
     unbarred: ConditionFigures | None  # None: it was not asked for
-    rounds: tuple[RoundFigures, ...]
+    rounds: tuple[RoundFigures, ...]  # the finished ones
     tail_low_nats: float  # 5th percentile of the base's own completions
     tail_high_nats: float  # 95th
     second_tail_high_nats: float  # 95th percentile of base's second replies

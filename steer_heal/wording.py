@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.statistics import Interval
 from eval.summary import fixed
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def percent(share: float) -> str:
@@ -44,11 +51,27 @@ def plain_bounds(interval: Interval, digits: int = 2) -> str:
 
 
 def visible(text: str) -> str:
-    """Control characters, which no page can show, as their pictures."""
-    return "".join(
-        chr(0x2400 + ord(letter)) if ord(letter) < 32 and letter not in "\n\t" else letter
-        for letter in text
-    )
+    """What no page can show, or what would reorder the text around it, as something to be seen.
+
+    Control characters as their pictures; marks that turn the direction of writing, separators that
+    are no line end, and halves of characters by their numbers.
+    """
+    return _UNSEEN.sub(lambda found: _picture(ord(found[0])), text)
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand in a `<script>` whatever texts are in it; NaN becomes null."""
+    text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fenced(text: str, language: str = "") -> str:
@@ -78,10 +101,17 @@ def templates(*, is_html: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=not is_html,
     )
-    written = (percent, percent_bounds, fixed, nats, bounds, plain_bounds, visible, fenced, code)
-    environment.filters |= {function.__name__: function for function in written}
+    numbers = (percent, percent_bounds, points, fixed, nats, bounds, plain_bounds)
+    texts = (visible, fenced, code)
+    environment.filters |= {function.__name__: function for function in (*numbers, *texts)}
     return environment
 
 
 def _longest_ticks(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def _picture(number: int) -> str:
+    if number < 32:
+        return chr(0x2400 + number)
+    return "␡" if number == 0x7F else f"⟨U+{number:04X}⟩"

@@ -30,7 +30,7 @@ _SERVER.set_forkserver_preload(
     ["steer_heal.cli", "steer_heal.loop", "steer_heal.report", "trl.trainer.sft_trainer"]
 )
 _PATIENCE_S = 120
-REPORT_FILES = ("report.html", "drift.png", "drift.csv")
+REPORT_FILES = ("report.html", "drift.png", "drift.svg", "drift.csv")
 
 
 @dataclass(frozen=True, kw_only=True)

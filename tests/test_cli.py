@@ -297,13 +297,15 @@ def test_folder_that_is_no_run_is_refused(name: str, tmp_path: Path) -> None:
     assert "is not a run" in _refused(tmp_path, name, *runs)
 
 
-def test_report_of_a_run_without_a_finished_round_is_refused(
+def test_report_of_a_run_without_a_finished_round_says_where_it_stands(
     settings: list[str], tmp_path: Path
 ) -> None:
     begun = Command(tmp_path, "round", *settings)
     begun.wait_for("round 1 (round-00): vector")
     begun.kill()
     before = tree(tmp_path)
-    message = refusal(command(tmp_path, "report", "small"))
-    assert "small" in message
+    shown = command(tmp_path, "report", "small")
+    assert shown.code == 0 and "no round is done yet; next: find the steering vector" in shown.err
+    page = (tmp_path / "rounds" / "small" / "report.html").read_text(encoding="utf-8")
+    assert "No round is finished yet" in page and "find the steering vector (round 1)" in page
     assert tree(tmp_path) == before

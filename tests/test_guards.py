@@ -272,7 +272,7 @@ def test_a_guard_goes_off_by_its_name_in_its_round(
 
     page = html.unescape(write_report(run.path).read_text(encoding="utf-8"))
     assert f"<b>{name.capitalize()}</b> in round 2: {alarm.what} ({alarm.figure}). " in page
-    assert page.count("<li>") == 1 and alarm.advice[1:] in page
+    assert page.count("<li><b>") == 1 and alarm.advice[1:] in page
 
 
 @pytest.mark.parametrize(

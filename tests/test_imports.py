@@ -69,6 +69,14 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "watch",
                 "figures",
                 "report",
+                "progress",
+                "verdict",
+                "browse",
+                "chart",
+                "charts",
+                "drift_map",
+                "round_charts",
+                "filter_charts",
                 "drift_table",
                 "compare",
                 "judge",
@@ -222,7 +230,7 @@ def in_a_fresh_process(program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-HEAVY = "{'torch', 'transformers', 'trl', 'peft', 'datasets', 'numpy', 'matplotlib'}"
+HEAVY = "{'torch', 'transformers', 'trl', 'peft', 'datasets', 'numpy', 'matplotlib', 'plotly'}"
 
 
 def test_the_command_line_imports_no_torch() -> None:

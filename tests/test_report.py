@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import itertools
 import json
 import math
@@ -12,6 +10,7 @@ import re
 import shlex
 import shutil
 import statistics
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,9 +30,8 @@ from steer_heal.artifacts import Controls, Limits, Unbarred
 from steer_heal.config import resolve_config
 from steer_heal.figures import (
     DPI,
-    LAYOUTS,
-    SIZES_INCHES,
-    THEMES,
+    HEIGHT_INCHES,
+    WIDTH_INCHES,
     _Label,
     _label_right,
     _spread,
@@ -41,11 +39,12 @@ from steer_heal.figures import (
 )
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import run_path
+from steer_heal.progress import read_progress
 from steer_heal.report import command_of, diary_of, drift_of, render_page, write_report
 from steer_heal.rounds import Run
 from steer_heal.saved import condition_figures, length_correlation, read_saved_run
 from steer_heal.summary import Summary, summarise
-from steer_heal.wording import bounds, nats, percent, plain_bounds, visible
+from steer_heal.wording import bounds, nats, percent, plain_bounds, script_json, visible
 from tests.processes import REPORT_FILES
 from tests.small import FOUNDATIONS, probing, small_settings
 from tests.tiny import tiny_model_folder
@@ -279,10 +278,10 @@ def test_replies_without_an_enactment_are_shown_without_one(report: Summary) -> 
     prompted = controls.prompted.model_copy(update={"replies": replies})
     run = replace(report.run, controls=controls.model_copy(update={"prompted": prompted}))
     page = _page_of(replace(report, run=run))
-    articles = re.findall(r"<b>persona prompt</b>(.*?)</header>", page)
+    articles = re.findall(r"<h3>persona prompt (.*?)</h3>", page)
     assert len(articles) > 1
     assert all(re.search(r"enacted</span>$", article) for article in articles)
-    assert re.search(r"<b>base</b>.*enacted \([+−]\d\.\d\d\)</span>", page)
+    assert re.search(r"<h3>base .*enacted \([+−]\d\.\d\d\)</span>", page)
 
 
 def test_length_goes_with_enactment_as_their_ranks_do(report: Summary) -> None:
@@ -321,13 +320,21 @@ def test_the_round_healed_without_the_barrier_stands_beside_it(report: Summary, 
     assert line[2].startswith(percent(statistics.mean(row.enacted for row in other.replies)))
 
 
-def test_the_headline_says_the_last_round(made: Path, page: str) -> None:
-    base, prompted, *_, healed = _conditions(made)
+def test_the_headline_says_the_judged_round(made: Path, page: str, report: Summary) -> None:
+    base, prompted, *rounds = _conditions(made)
+    number = report.best.number if report.best else ROUNDS
+    healed = rounds[4 + 2 * (number - 1)]
     headline = re.search(r"<h1>(.*?)</h1>", page, re.DOTALL)
     assert headline is not None
     shares = [percent(_enacted(rows)) for rows in (healed, base, prompted)]
-    assert f"After {ROUNDS} rounds the model enacts the trait in {shares[0]} of" in headline[1]
-    assert f"(base {shares[1]}, persona prompt {shares[2]})" in headline[1]
+    assert (
+        f"after round {number}, with no prompt, the model acts the trait in {shares[0]} of"
+        in (headline[1])
+    )
+    assert (
+        f"the untouched model does in {shares[1]}, and in {shares[2]} when a prompt"
+        in (headline[1])
+    )
 
 
 def _dose(point: dict[str, Any]) -> float:
@@ -424,7 +431,12 @@ def _with_round(report: Summary, **changes: Any) -> Summary:
 
 
 def _page_of(report: Summary) -> str:
-    return render_page(report, {f"{layout}_{t}": b"" for layout in LAYOUTS for t in THEMES})
+    progress = read_progress(report.run.path)
+    rounds = tuple(round.saved for round in report.rounds)
+    run = report.run
+    return render_page(
+        replace(progress, description=run.description, saved=run, rounds=rounds), report
+    )
 
 
 def test_a_vignette_that_one_side_cannot_score_is_left_out_of_both(made: Path) -> None:
@@ -478,7 +490,7 @@ def test_the_best_round_has_the_largest_shift_among_the_coherent(report: Summary
     best = made_of((0.1, True), (0.4, True), (0.9, False)).best
     assert best is not None and best.number == 2
     assert made_of((0.1, False)).best is None
-    assert "none is marked as the best" in _page_of(made_of((0.1, False)))
+    assert "None is marked as the best" in _page_of(made_of((0.1, False)))
     assert _page_of(made_of((0.1, True), (0.4, True))).count('class="best"') == 1
 
 
@@ -499,9 +511,10 @@ def test_the_diary_asks_every_condition_the_same(report: Summary, page: str) -> 
     assert [entry.prompt for entry in diary] == list(report.run.trait.held_out_prompts)
     for entry in diary:
         labels = [label for label, _ in entry.replies]
-        assert labels == ["base", "persona prompt", "after round 1", "after round 2"]
+        rounds = [f"round {n}, {kind}" for n in (1, 2) for kind in ("steered", "healed")]
+        assert labels == ["base", "persona prompt", *rounds]
         assert len({reply.prompt_index for _, reply in entry.replies}) == 1
-    assert page.count('<article class="reply') == len(diary) * (2 + ROUNDS)
+    assert page.count('<article class="reply') == len(diary) * (2 + 2 * ROUNDS)
 
 
 def test_model_text_is_shown_not_run(run: Path, tmp_path: Path) -> None:
@@ -526,21 +539,18 @@ def test_model_text_is_shown_not_run(run: Path, tmp_path: Path) -> None:
     page = write_report(spoilt).read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;␛␇ &amp; &lt;img" in page
     parsed = _Tables(page)
-    assert "script" not in parsed.tags and parsed.tags.count("img") == 1
+    assert "img" not in parsed.tags and parsed.tags.count("script") == 4  # our own
 
 
 def test_the_page_is_one_file(page: str) -> None:
-    sources = _Tables(page).sources
-    assert len(sources) == 4
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "url(" not in page and "@import" not in page and "<link" not in page
+    assert all(source.startswith("#") for source in _Tables(page).sources)
+    assert "@import" not in page and "<link" not in page
 
 
 def test_drawn_again_from_the_files_alone_it_is_the_same(made: Path, page: str, run: Path) -> None:
-    plot = (made / "drift.png").read_bytes()
     assert write_report(run).read_text(encoding="utf-8") == page
-    assert (run / "drift.png").read_bytes() == plot
-    assert (run / "drift.csv").read_bytes() == (made / "drift.csv").read_bytes()
+    for name in REPORT_FILES:
+        assert (run / name).read_bytes() == (made / name).read_bytes()
     assert not [path for path in run.iterdir() if path.name.startswith(".tmp")]
 
 
@@ -567,17 +577,12 @@ def test_the_table_for_other_programs_has_every_condition(made: Path, page: str)
 
 
 def test_the_plots_are_pictures(made: Path, page: str) -> None:
-    width, height = (round(inches * DPI) for inches in SIZES_INCHES["wide"])
-    wide = imread(made / "drift.png")
-    assert wide.shape[:2] == (height, width)
-    assert wide[..., :3].std() > 0.05
-    embedded = [
-        imread(io.BytesIO(base64.b64decode(source.partition(",")[2])))
-        for source in _Tables(page).sources
-    ]
-    assert all(image[..., :3].std() > 0.05 for image in embedded)
-    assert sorted(image.shape[1] for image in embedded) == [645, 645, 1500, 1500]
-    assert sorted(bool(image[0, 0, 0] < 0.5) for image in embedded) == [False, False, True, True]
+    image = imread(made / "drift.png")
+    assert image.shape[:2] == (round(HEIGHT_INCHES * DPI), round(WIDTH_INCHES * DPI))
+    assert image[..., :3].std() > 0.05
+    drawing = ElementTree.parse(made / "drift.svg").getroot()
+    assert drawing.get("viewBox") == f"0 0 {72 * WIDTH_INCHES:.0f} {72 * HEIGHT_INCHES:.0f}"
+    assert len(list(drawing.iter("{http://www.w3.org/2000/svg}path"))) > 50
 
 
 @pytest.mark.parametrize("intended", [{}, {"care": 1}])
@@ -587,8 +592,8 @@ def test_any_number_of_intended_foundations_can_be_drawn(
     trait = report.run.trait.model_copy(update={"intended": intended})
     saved = replace(report.run, trait=trait, rounds=report.run.rounds[:1])
     changed = summarise(saved)
-    assert draw_drift(drift_of(changed), "narrow", "dark").startswith(b"\x89PNG")
-    assert "After 1 round the model" in _page_of(changed)
+    assert draw_drift(drift_of(changed), "png").startswith(b"\x89PNG")
+    assert "after round 1, with no prompt" in _page_of(changed)
     if not intended:
         rows = _conditions(saved.path)
         healed = changed.rounds[0].healed
@@ -632,17 +637,11 @@ def test_the_command_makes_the_same_config_again(report: Summary) -> None:
         assert found == shlex.join(["just", "round", *settings])
 
 
-def test_a_run_without_a_finished_round(run: Path) -> None:
-    for index in range(ROUNDS):
-        (run / f"round-{index:02d}" / "DONE").unlink()
-    with pytest.raises(UserError, match="no round is finished"):
-        write_report(run)
-
-
 def test_only_finished_rounds_are_shown(run: Path) -> None:
     (run / "round-01" / "DONE").unlink()
     page = write_report(run).read_text(encoding="utf-8")
-    assert "After 1 round the model" in page and "1 of 2 asked for" in page
+    assert "after round 1, with no prompt" in page and "1 of 2 asked for" in page
+    assert "1 of 2 rounds done" in page and "Next: finish (round 2)" in page
 
 
 def test_no_run(tmp_path: Path) -> None:
@@ -677,8 +676,18 @@ def test_no_table_shows_a_negative_0(page: str, tables: dict[str, list[list[str]
     assert not [cell for cell in cells if re.search(r"[-−]0\.?0*(?![.\d])", cell)]
 
 
-def test_control_characters_are_shown() -> None:
-    assert visible("a\x00b\x1b\nc") == "a␀b␛\nc"
+def test_what_cannot_be_seen_is_shown() -> None:
+    assert visible("a\x00b\x1b\nc\x7f") == "a␀b␛\nc␡"
+    assert visible("a\u202eb\u2066c\x85") == "a⟨U+202E⟩b⟨U+2066⟩c⟨U+0085⟩"
+    assert visible("half \ud83d of \U0001f600") == "half ⟨U+D83D⟩ of \U0001f600"
+    assert visible("שלום, naïve 日本\t") == "שלום, naïve 日本\t"
+
+
+def test_json_in_a_script_ends_no_script_and_has_no_nan() -> None:
+    value = {"a": ["</script><!--", float("nan"), float("-inf"), 0.5, "\u2028&\ud800"]}
+    text = script_json(value)
+    assert not set("<>&") & set(text) and text.isascii()
+    assert json.loads(text) == {"a": ["</script><!--", None, None, 0.5, "\u2028&\ud800"]}
 
 
 def test_intervals_hold_their_estimate(report: Summary) -> None:
