@@ -22,6 +22,7 @@ from playwright.sync_api import (
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PHONE_WIDTH = 375  # CSS pixels
+_PATIENCE_MS = 120_000  # a machine may be busy
 
 
 class Tabs:
@@ -43,6 +44,7 @@ class Tabs:
             is_mobile=width <= PHONE_WIDTH,
         )
         self._contexts.append(context)
+        context.set_default_timeout(_PATIENCE_MS)
         page = context.new_page()
         page.on("console", self._hear)
         page.on("pageerror", self._note)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from steer_heal.config import resolve_config
+from steer_heal.loop import run_rounds
+from steer_heal.manifest import run_path
+from tests.tiny import tiny_model_folder
+
 FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social_norms")
 _PLACES = ("ward", "school", "ship", "court", "farm", "mine", "kitchen", "station")
 
@@ -122,3 +127,12 @@ def small_settings(model: Path, folder: Path) -> list[str]:
         "evaluate.num_dialogues=3",
         "evaluate.max_new_tokens=12",
     ]
+
+
+def small_run(folder: Path, rounds: int) -> Path:
+    """A real run on a tiny model, its doses found by a probe: where it lies."""
+    settings = small_settings(tiny_model_folder(folder, "qwen3"), folder)
+    config = resolve_config([*probing(settings), f"N={rounds}"])
+    path = run_path(config)
+    run_rounds(config, path)
+    return path

@@ -37,8 +37,6 @@ from steer_heal.figures import (
     _spread,
     draw_drift,
 )
-from steer_heal.loop import run_rounds
-from steer_heal.manifest import run_path
 from steer_heal.progress import read_progress
 from steer_heal.report import command_of, diary_of, drift_of, render_page, write_report
 from steer_heal.rounds import Run
@@ -46,8 +44,7 @@ from steer_heal.saved import condition_figures, length_correlation, read_saved_r
 from steer_heal.summary import Summary, summarise
 from steer_heal.wording import bounds, nats, percent, plain_bounds, script_json, visible
 from tests.processes import REPORT_FILES
-from tests.small import FOUNDATIONS, probing, small_settings
-from tests.tiny import tiny_model_folder
+from tests.small import FOUNDATIONS, small_run
 
 ROUNDS = 2
 
@@ -89,11 +86,7 @@ class _Tables(HTMLParser):
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two rounds; its model, its trait file and its suites are gone."""
     folder = tmp_path_factory.mktemp("report")
-    config = resolve_config(
-        [*probing(small_settings(tiny_model_folder(folder, "qwen3"), folder)), "N=2"]
-    )
-    path = run_path(config)
-    run_rounds(config, path)
+    path = small_run(folder, ROUNDS)
     for other in folder.iterdir():
         if other.is_dir() and other != path.parent:
             shutil.rmtree(other)

@@ -3,13 +3,17 @@
 
 const at = (id) => document.getElementById(id);
 
-/** A block of the page that is gzip in base64, as text. */
-async function unpacked(id) {
+function element(tag, text, properties = {}) {
+  return Object.assign(document.createElement(tag), { textContent: text }, properties);
+}
+
+/** A block of the page that is gzip in base64, unpacked. */
+function unpacked(id) {
   const letters = atob(at(id).textContent);
   const bytes = new Uint8Array(letters.length);
   for (let i = 0; i < letters.length; i += 1) bytes[i] = letters.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return new Response(stream).text();
+  return new Response(stream);
 }
 
 /** Calls back once, when an element comes near the window. */
@@ -45,9 +49,7 @@ function draw(chart) {
 }
 
 async function drawCharts() {
-  const script = document.createElement("script");
-  script.textContent = await unpacked("plotly");
-  document.head.append(script);
+  document.head.append(element("script", await unpacked("plotly").text()));
   const charts = [...document.querySelectorAll(".chart")];
   const begun = new Set();
   const begin = (chart) => begun.has(chart) || (begun.add(chart), draw(chart));
@@ -76,10 +78,6 @@ let lowered; // texts and prompts, to be searched
 let found = []; // places of the completions that pass the filters
 const rows = new Map(); // place among the found -> its element
 
-function element(tag, text, properties = {}) {
-  return Object.assign(document.createElement(tag), { textContent: text }, properties);
-}
-
 function number(value) {
   return value === null ? "–" : String(value).replace("-", "−");
 }
@@ -89,7 +87,7 @@ function offer(id, values, labels) {
 }
 
 async function openBrowse() {
-  table = JSON.parse(await unpacked("completions"));
+  table = await unpacked("completions").json();
   const { round, dose } = table.columns;
   offer("by-round", [...new Set(round)]);
   offer("by-dose", [...new Set(dose)].sort((a, b) => a - b));
