@@ -125,7 +125,7 @@ def level(
     """A line from edge to edge, along an axis."""
     other = "y" if along == "x" else "x"
     ends = {f"{along}ref": "paper", f"{along}0": 0, f"{along}1": 1}
-    place = {"type": "line", f"{other}0": value, f"{other}1": value, "layer": "below"}
+    place = {"type": "line", f"{other}0": value, f"{other}1": value, "layer": "between"}
     return place | ends | {"line": {"color": color, "width": width, "dash": dash}}
 
 

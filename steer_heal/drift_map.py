@@ -178,14 +178,13 @@ def _card(figures: ConditionFigures, across: _Axis, up: _Axis) -> str:
 
 
 def _named(summary: Summary) -> list[tuple[str, ConditionFigures]]:
-    """What has a name on the map: many rounds may lie on one another."""
-    rounds = {round.number: round for round in (*summary.rounds[:1], *summary.rounds[-1:])}
-    if summary.best is not None:
-        rounds[summary.best.number] = summary.best
+    """What has a name on the map: not every round, as many may lie on one another."""
     marks = [("base", summary.base), ("persona prompt", summary.prompted)]
-    for number, round in rounds.items():
-        is_best = summary.best is not None and number == summary.best.number
-        marks.append((f"{number}, best" if is_best else str(number), round.healed))
+    best = summary.best
+    if summary.rounds and (best is None or best.number > 1):
+        marks.append(("1", summary.rounds[0].healed))
+    if best is not None:
+        marks.append((f"{best.number}, best", best.healed))
     return marks
 
 

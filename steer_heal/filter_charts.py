@@ -70,7 +70,8 @@ def _drops(screened: Sequence[tuple[int, Screened]]) -> Chart:
         barmode="stack",
         bargap=0.35,
         showlegend=True,
-        legend={"orientation": "h", "y": -0.35, "yanchor": "top", "x": 0, "traceorder": "normal"},
+        legend={"orientation": "h", "yref": "container", "y": 0, "x": 0, "traceorder": "normal"},
+        margin_b=84,
         xaxis_tickformat=".0%",
         xaxis_range=[0, 1],
         margin_r=28,
@@ -96,7 +97,7 @@ def _enactment(screened: Sequence[tuple[int, Screened]], base_nats: float | None
         low, q1, median, q3, high = np.transpose(quantiles).tolist()
         boxes.append(
             go.Box(
-                x=[f"round {number}" for number, _ in groups],
+                x=[str(number) for number, _ in groups],
                 lowerfence=low,
                 q1=q1,
                 median=median,
@@ -115,6 +116,8 @@ def _enactment(screened: Sequence[tuple[int, Screened]], base_nats: float | None
         boxes,
         height=260,
         boxmode="group",
+        xaxis_type="category",
+        xaxis_title_text="round",
         showlegend=True,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         yaxis_title_text="enactment, nats a token",

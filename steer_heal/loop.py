@@ -77,6 +77,7 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         )
         if round.index == 0:
             run.once(Controls, evaluate_controls, student, vector, kept, trait, evaluate, seed)
+            draw_page(run.path)
         held = run.reference(config.heal.barrier_reference, round)
         adapter = round.once(
             *(RoundAdapter, heal, student, kept, vector, held, config.heal),
