@@ -19,6 +19,7 @@ from eval.errors import UserError
 from eval.files import digest_of
 from steer_heal.config import VectorConfig
 from steer_heal.model import Student
+from steer_heal.stages import Stages
 from steer_heal.vector_files import Directions, read_gguf, read_pt, read_vector
 
 
@@ -55,6 +56,17 @@ class ImportedVector:
         return digest_of(
             f"{n} {each.numpy().tobytes().hex()}" for n, each in self.directions.items()
         )
+
+
+def take_vector(run: Stages, student: Student, config: VectorConfig) -> ImportedVector | None:
+    """The vector that a run is given; None where it takes its own from the personas.
+
+    Raises:
+        UserError: it cannot be used, or it is another one than the run was begun with.
+    """
+    if config.file is None:
+        return None
+    return run.once(ImportedVector, lambda read: read, import_vector(student, config))
 
 
 def import_vector(student: Student, config: VectorConfig) -> ImportedVector:

@@ -24,7 +24,7 @@ from steer_heal.evaluate import evaluate_controls, evaluate_round
 from steer_heal.filter import screen
 from steer_heal.generate import generate_steered
 from steer_heal.heal import heal
-from steer_heal.imported import ImportedVector, import_vector
+from steer_heal.imported import take_vector
 from steer_heal.manifest import describe
 from steer_heal.model import Student, check_model, load_student
 from steer_heal.report import draw_page
@@ -51,7 +51,7 @@ def run_rounds(config: RunConfig, path: Path) -> None:
 def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
     fixed = config.model_dump(exclude={*FREE, "run"})
     run.once(Checkup, lambda *_: admit(student, trait, config), student, trait, fixed)
-    given = _given(run, student, config)
+    given = take_vector(run, student, config.vector)
     for adapter in run.last_stack():
         student = student.grown(adapter)
     generate, evaluate, seed = config.generate, config.evaluate, run.seed("evaluate")
@@ -93,10 +93,3 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         round.finish()
         watch.warn(round)
         student = healed
-
-
-def _given(run: Run, student: Student, config: RunConfig) -> ImportedVector | None:
-    """The vector from elsewhere, where one is asked for: read before anything long, kept once."""
-    if config.vector.file is None:
-        return None
-    return run.once(ImportedVector, lambda read: read, import_vector(student, config.vector))

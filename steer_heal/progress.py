@@ -1,6 +1,6 @@
 """Where a run stands: which stages of which round are done, what comes next. Loads no model.
 
-The order of the stages is that of `loop.py`: two of the run's own, then every round's six; two
+The order of the stages is that of `loop.py`: the run's own, then every round's six; two
 stages of the first round are followed by one of the run's own, made from what they left.
 """
 
@@ -13,11 +13,11 @@ from steer_heal.artifacts import Controls, Doses, RoundAdapter, Screened, Steeri
 from steer_heal.rounds import Round, Run
 from steer_heal.saved import BegunRound, Description, SavedRun, gather, read_description
 
-_BEFORE = ("doctor", "limits")
 _EVERY_ROUND = ("vector", "doses", "drafts", "screened", "adapter", "eval")
 _AFTER_IN_FIRST = {"screened": "controls", "adapter": "unbarred"}
 _NAMES = {
     "doctor": "check the model",
+    "imported": "read the vector",
     "limits": "measure the base's own replies",
     "vector": "find the steering vector",
     "doses": "choose doses",
@@ -114,7 +114,8 @@ def _begun(round: Round) -> tuple[BegunRound, ...]:
 
 def _parts(run: Run, description: Description, num_done: int) -> tuple[Part, ...]:
     own, config = run.recorded_stages(), description.config
-    before = _steps(_BEFORE, own)
+    vector = ["imported"] if config["vector"]["file"] else []
+    before = _steps(["doctor", *vector, "limits"], own)
     parts = [Part(name="before round 1", steps=before, is_done=all(s.is_done for s in before))]
     for index in range(max(config["rounds"], num_done)):
         stages = list(_EVERY_ROUND)
@@ -127,7 +128,7 @@ def _parts(run: Run, description: Description, num_done: int) -> tuple[Part, ...
     return tuple(parts)
 
 
-def _steps(stages: list[str] | tuple[str, ...], recorded: frozenset[str]) -> tuple[Step, ...]:
+def _steps(stages: list[str], recorded: frozenset[str]) -> tuple[Step, ...]:
     return tuple(
         Step(stage=stage, name=_NAMES[stage], is_done=stage in recorded) for stage in stages
     )
