@@ -254,7 +254,7 @@ class RunConfig(Settings):
 
 
 def preset_organism() -> dict[str, Any]:
-    """The embedded model: a low rank on the layers up to the steered one carries the trait on.
+    """The embedded model: adapters on the layers up to the steered one carry the trait on.
 
     In round 1 the rows of a step come to diverge by 0.3 to 0.5 nats in the mean: a threshold of 0.5
     would hardly ever fire.
@@ -262,8 +262,8 @@ def preset_organism() -> dict[str, Any]:
     return {
         "generate": {"doses": (0.35, 0.45)},
         "heal": {
-            "rank": 2,
-            "alpha": 4,
+            "rank": 8,
+            "alpha": 16,
             "layers": (0.0, 0.5),
             "learning_rate": 2e-3,
             "soft_weight": 3,
