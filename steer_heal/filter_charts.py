@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -33,56 +35,55 @@ def filter_charts(rounds: Sequence[BegunRound], base_enactment_nats: float | Non
 
 def _drops(screened: Sequence[tuple[int, Screened]]) -> Chart:
     """A bar a round: kept, then every reason, the most frequent first."""
-    totals: dict[str, int] = {}
-    for _, found in screened:
-        for reason, count in found.drops.items():
-            totals[reason] = totals.get(reason, 0) + count
-    broken = sorted((r for r in totals if r not in _PASSED), key=lambda r: -totals[r])
-    colors = {"kept": KEPT, "surplus": SURPLUS, "duplicate": SOFT}
-    colors |= {reason: COLORS[index % len(COLORS)] for index, reason in enumerate(broken)}
-    reasons = ["kept", *(reason for reason in _PASSED if reason in totals), *broken]
-    names = [f"round {number}" for number, _ in screened]
-    bars = []
-    for reason in reasons:
-        counts = [
-            len(found.kept) if reason == "kept" else found.drops[reason] for _, found in screened
-        ]
-        shares = [
-            count / len(found.rows) for count, (_, found) in zip(counts, screened, strict=True)
-        ]
-        bars.append(
-            go.Bar(
-                x=shares,
-                y=names,
-                name=reason,
-                orientation="h",
-                marker={"color": colors[reason]},
-                hovertext=[
-                    f"<b>{name}: {reason}</b><br>{count} drafts, {percent(share)}"
-                    for name, count, share in zip(names, counts, shares, strict=True)
-                ],
-                hoverinfo="text",
-            )
-        )
+    totals = sum((found.drops for _, found in screened), Counter[str]())
+    passed = [reason for reason in _PASSED if reason in totals]
+    failed = [reason for reason, _ in totals.most_common() if reason not in _PASSED]
+    looks: dict[str, dict[str, Any]] = {
+        "kept": {"color": KEPT},
+        "surplus": {"color": SURPLUS},
+        "duplicate": {"color": SOFT},
+    }
+    for index, reason in enumerate(failed):
+        shape = "/" if index >= len(COLORS) else ""  # the colours are used up
+        looks[reason] = {"color": COLORS[index % len(COLORS)], "pattern": {"shape": shape}}
     figure = panel(
-        bars,
-        height=130 + 34 * len(names),
+        [_bar(screened, reason, looks[reason]) for reason in ("kept", *passed, *failed)],
+        height=130 + 34 * len(screened),
         barmode="stack",
         bargap=0.35,
         showlegend=True,
         legend={"orientation": "h", "yref": "container", "y": 0, "x": 0, "traceorder": "normal"},
         margin_b=84,
+        margin_r=28,
         xaxis_tickformat=".0%",
         xaxis_range=[0, 1],
-        margin_r=28,
         yaxis_autorange="reversed",
     )
     told = "; ".join(
-        f"{name}: {len(found.kept)} of {len(found.rows)} kept, dropped "
+        f"round {number}: {len(found.kept)} of {len(found.rows)} kept, dropped "
         + (", ".join(f"{reason} {count}" for reason, count in found.drops.most_common()) or "none")
-        for name, (_, found) in zip(names, screened, strict=True)
+        for number, found in screened
     )
     return Chart(name="drops", title="Kept and dropped", says=f"{told}.", figure=figure)
+
+
+def _bar(screened: Sequence[tuple[int, Screened]], reason: str, look: dict[str, Any]) -> go.Bar:
+    """What share of each round's drafts was kept, or dropped for a reason."""
+    shares, cards = [], []
+    for number, found in screened:
+        count = len(found.kept) if reason == "kept" else found.drops[reason]
+        share = count / len(found.rows)
+        shares.append(share)
+        cards.append(f"<b>round {number}: {reason}</b><br>{count} drafts, {percent(share)}")
+    return go.Bar(
+        x=shares,
+        y=[f"round {number}" for number, _ in screened],
+        name=reason,
+        orientation="h",
+        marker=look,
+        hovertext=cards,
+        hoverinfo="text",
+    )
 
 
 def _enactment(screened: Sequence[tuple[int, Screened]], base_nats: float | None) -> Chart:

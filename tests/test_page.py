@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Locator, Page
 
 from eval.files import write_json
 from steer_heal.chart import PALETTE
+from steer_heal.filter_charts import filter_charts
 from steer_heal.progress import Progress, read_progress
 from steer_heal.report import draw_page, render_page, write_report
 from steer_heal.summary import summarise
@@ -361,7 +362,21 @@ def _rgb(color: str) -> str:
     return f"rgb({red}, {green}, {blue})"
 
 
-def test_a_colour_has_one_name(made: Made) -> None:
+def test_more_reasons_than_colours_are_told_apart(made: Made) -> None:
+    """By a pattern: one colour twice would be one reason to the eye."""
+    (first, *_), names = read_progress(made.path).rounds, "abcdefghijk"
+    assert first.screened is not None
+    rows = tuple(
+        row.model_copy(update={"dropped": names[n % len(names)]})
+        for n, row in enumerate(first.screened.rows)
+    )
+    spoilt = replace(first, screened=first.screened.model_copy(update={"rows": rows}))
+    bars = filter_charts([spoilt], None)[0].figure.data
+    looks = {(bar.marker.color, bar.marker.pattern.shape) for bar in bars}
+    assert len(looks) == len(bars) == 1 + len(names)
+
+
+def test_a_colour_has_one_name() -> None:
     assert len({light for light, _ in PALETTE.values()}) == len(PALETTE)
 
 
