@@ -75,21 +75,20 @@ def panel(traces: Sequence[Any], height: int = 230, **layout: Any) -> go.Figure:
         "automargin": True,
         "title_standoff": 8,
     }
-    figure = go.Figure(list(traces))
-    figure.update_layout(
-        template=go.layout.Template(),
-        height=height,
-        margin={"l": 8, "r": 12, "t": 12, "b": 8},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        showlegend=False,
-        dragmode=False,
-        font={"color": SOFT, "size": 12, "family": "system-ui, sans-serif"},
-        hoverlabel={"bgcolor": PANEL, "bordercolor": LINE, "font": {"color": INK}, "align": "left"},
-        xaxis=axis,
-        yaxis=axis,
-    )
-    return figure.update_layout(**layout)
+    plain_layout = {
+        "template": go.layout.Template(),
+        "height": height,
+        "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
+        "paper_bgcolor": CLEAR,
+        "plot_bgcolor": CLEAR,
+        "showlegend": False,
+        "dragmode": False,
+        "font": {"color": SOFT, "size": 12, "family": "system-ui, sans-serif"},
+        "hoverlabel": {"bgcolor": PANEL, "bordercolor": LINE, "font_color": INK, "align": "left"},
+        "xaxis": axis,
+        "yaxis": axis,
+    }
+    return go.Figure(list(traces), plain_layout | layout)
 
 
 def line(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def code(text: str) -> str:
     return f"{ticks}{edge}{' '.join(text.split())}{edge}{ticks}"
 
 
+@cache
 def templates(*, is_html: bool) -> Environment:
     """The templates, with the functions above as filters.
 
