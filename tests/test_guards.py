@@ -341,7 +341,7 @@ def test_the_rounds_of_one_guard_stand_together_on_the_page(run: Run) -> None:
     assert [alarm.name for alarm in found] == names
     page = html.unescape(write_report(run.path).read_text(encoding="utf-8"))
     figures = "; ".join(f"round {alarm.round}: {alarm.figure}" for alarm in found[1:])
-    assert page.count("<li>") == 2
+    assert page.count("<li><b>") == 2
     assert f"<b>Barrier never fired</b> in rounds 1, 2: {found[1].what} ({figures}). Where " in page
 
 
