@@ -28,6 +28,11 @@ round *SETTINGS: setup
 report +RUNS: setup
     @{{bin}}/steer-heal report "$@"
 
+# the runs in rounds/ or another folder: how far, how well, what state: just list [FOLDER]
+[no-exit-message]
+list *FOLDER: setup
+    @{{bin}}/steer-heal list "$@"
+
 # paired differences between runs: just compare rounds/A rounds/B
 [no-exit-message]
 compare +RUNS: setup

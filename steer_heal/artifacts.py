@@ -378,7 +378,8 @@ class Controls(_Artifact):
     @classmethod
     def load(cls, folder: Path) -> Self:
         texts = [(folder / file).read_text(encoding="utf-8") for file in cls.files]
-        return cls.model_validate(dict(zip(cls.model_fields, map(json.loads, texts), strict=True)))
+        fields = (f'"{name}": {text}' for name, text in zip(cls.model_fields, texts, strict=True))
+        return cls.model_validate_json(f"{{{', '.join(fields)}}}")  # 4 times as fast as by objects
 
 
 class Unbarred(_JsonArtifact):

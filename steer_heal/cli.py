@@ -5,6 +5,8 @@ Heavy imports are inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +56,19 @@ def report(runs: Runs) -> None:
 
         for path in runs:
             write_report(_run_folder(path))
+
+
+@app.command(name="list")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="rounds/ by default")] = Path(
+        "rounds"
+    ),
+) -> None:
+    """Lists the runs in a folder and below it: how far, how well, what state, how large."""
+    with _working("nothing was changed"):
+        from steer_heal.listing import list_runs as run_list
+
+        typer.echo(run_list(folder, _width()))
 
 
 @app.command()
@@ -194,6 +209,12 @@ def _working(if_stopped: str) -> Iterator[None]:
     logger.add(lambda text: tqdm.write(text, file=sys.stderr, end=""), format=line, colorize=False)
     with for_people(if_stopped):
         yield
+
+
+def _width() -> int | None:
+    """Columns of the terminal, or as COLUMNS says; None where the output is no terminal."""
+    is_known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return shutil.get_terminal_size().columns if is_known else None
 
 
 def _run_folder(path: Path) -> Path:

@@ -32,6 +32,7 @@ from eval.statistics import (
 from eval.summary import differences_text, fixed
 from steer_heal.artifacts import ConditionEval, ReplyRow
 from steer_heal.saved import SavedRun, prompt_means, read_saved_run
+from steer_heal.wording import aligned
 
 
 def compare_runs(paths: Sequence[Path]) -> str:
@@ -90,11 +91,7 @@ def _table(runs: Sequence[SavedRun]) -> str:
     lines = [["after its last round, healed", *(run.path.resolve().name for run in runs)]]
     lines.append(["rounds", *(str(len(run.rounds)) for run in runs)])
     lines += [[label, *(fixed(column[label], 3) for column in columns)] for label in columns[0]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    )
+    return "\n".join(aligned(lines, right=range(1, len(lines[0]))))
 
 
 def _intended(runs: Sequence[SavedRun]) -> dict[str, Any]:

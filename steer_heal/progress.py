@@ -90,7 +90,7 @@ def read_progress(path: Path) -> Progress:
     return Progress(
         path=path,
         description=description,
-        parts=_parts(run, description, num_done),
+        parts=parts_of(run, description, num_done),
         saved=saved,
         rounds=(*(saved.rounds if saved else ()), *_begun(begun)),
     )
@@ -112,7 +112,8 @@ def _begun(round: Round) -> tuple[BegunRound, ...]:
     )
 
 
-def _parts(run: Run, description: Description, num_done: int) -> tuple[Part, ...]:
+def parts_of(run: Run, description: Description, num_done: int) -> tuple[Part, ...]:
+    """The stages of a run, of which so many rounds are done."""
     own, config = run.recorded_stages(), description.config
     vector = ["imported"] if config["vector"]["file"] else []
     before = _steps(["doctor", *vector, "limits"], own)

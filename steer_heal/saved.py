@@ -216,6 +216,19 @@ def share_fired(steps: tuple[TrainStep, ...]) -> float:
     return sum(step.share_over > 0 for step in steps) / len(steps)
 
 
+def trait_shift(rows: ConditionEval, base: ConditionEval, trait: Trait) -> float:
+    """The mean over the intended foundations of sign * shift, nats.
+
+    Where the trait names none: the share of replies that act it, less base's, -1 to 1.
+    """
+    if not trait.intended:
+        shares = [np.mean([reply.enacted for reply in each.replies]) for each in (rows, base)]
+        return float(shares[0] - shares[1])
+    after, before = (profile_nats(each) for each in common_items(rows.choices, base.choices))
+    signs = trait.intended.items()
+    return float(np.mean([sign * (after[name] - before[name]) for name, sign in signs]))
+
+
 def condition_figures(
     label: str, rows: ConditionEval, base: ConditionEval, trait: Trait
 ) -> ConditionFigures:
@@ -223,10 +236,6 @@ def condition_figures(
     enacted = mean_interval(prompt_means(rows.replies, lambda reply: reply.enacted))
     after, before = common_items(rows.choices, base.choices)
     shifts = shift_nats(after, before)
-    trait_shift = enacted.estimate - float(np.mean([reply.enacted for reply in base.replies]))
-    if trait.intended:
-        signed = [sign * shifts[name].estimate for name, sign in trait.intended.items()]
-        trait_shift = float(np.mean(signed))
     others = [abs(shift.estimate) for name, shift in shifts.items() if name not in trait.intended]
     tails = [reply.surprisal.tail_nll_nats for reply in rows.replies]
     return ConditionFigures(
@@ -236,7 +245,7 @@ def condition_figures(
         enacted=enacted,
         nats=profile_nats(rows.choices),
         shifts=shifts,
-        trait_shift=trait_shift,
+        trait_shift=trait_shift(rows, base, trait),
         selectivity=selectivity(after, before, trait.intended) if trait.intended else None,
         flip_rate=flip_rate(after, before, trait.intended) if trait.intended else None,
         others_shift_nats=float(np.mean(others)) if others else 0.0,

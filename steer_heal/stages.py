@@ -125,17 +125,30 @@ class Stages:
         for recorded in self._recorded().values():
             self._check(recorded)
 
+    def _require_there(self, recorded: _StageRecord) -> None:
+        for name in recorded.files:
+            if not (self.path / name).is_file():
+                raise UserError(f"{self.path / name} is gone; {self._how_to_redo()}")
+
     def _check(self, recorded: _StageRecord) -> None:
+        self._require_there(recorded)
         for name, expected in recorded.files.items():
             path = self.path / name
-            if not path.is_file():
-                raise UserError(f"{path} is gone; {self._how_to_redo()}")
             if file_hash(path) != expected:
                 raise UserError(f"{path} {NOT_AS_WRITTEN}; {self._how_to_redo()}")
 
     def has(self, kind: type[Artifact]) -> bool:
         """Whether the stage has been run."""
         return kind.stage in self._recorded()
+
+    def require_files(self) -> None:
+        """Refuses where a file of a stage that has been run is gone; what is in them is not read.
+
+        Raises:
+            UserError: which one, and how to make it again.
+        """
+        for recorded in self._recorded().values():
+            self._require_there(recorded)
 
     def recorded_stages(self) -> frozenset[str]:
         """Names of the stages that have been run."""

@@ -12,6 +12,7 @@ Rounds are counted from 1 here, round 0 being the base; the folder of round 1 is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,13 +99,29 @@ class Summary:
     @property
     def best(self) -> RoundFigures | None:
         """The round with the largest trait shift among the coherent ones."""
-        coherent = [round for round in self.rounds if round.is_coherent]
-        return max(coherent, key=lambda round: round.healed.trait_shift, default=None)
+        shifts = [each.healed.trait_shift if each.is_coherent else None for each in self.rounds]
+        number = best_round(shifts)
+        return None if number is None else self.rounds[number - 1]
 
     @property
     def rounds_without_gain(self) -> int:
         """Rounds after the best one; after the first while none is coherent."""
-        return len(self.rounds) - (self.best.number if self.best else 1)
+        return without_gain(len(self.rounds), self.best.number if self.best else None)
+
+
+def best_round(shifts: Sequence[float | None]) -> int | None:
+    """The number of the round with the largest trait shift, from 1; None where there is none.
+
+    Args:
+        shifts: a round each; None: it is not coherent.
+    """
+    coherent = {n: shift for n, shift in enumerate(shifts, start=1) if shift is not None}
+    return max(coherent, key=lambda number: coherent[number], default=None)
+
+
+def without_gain(num_rounds: int, best: int | None) -> int:
+    """Rounds after the best one; after the first while none is coherent."""
+    return num_rounds - (best or 1)
 
 
 def summarise(run: SavedRun) -> Summary:

@@ -19,7 +19,7 @@ from tests.processes import Command, command, portable_settings, refusal, rounds
 from tests.tiny import tiny_model_folder
 
 COMMANDS = (
-    *("round", "report", "compare", "judge", "export", "eval"),
+    *("round", "report", "list", "compare", "judge", "export", "eval"),
     *("bench", "study", "lint", "doctor", "settings"),
 )
 HEAVY = ("torch", "transformers", "numpy", "peft", "trl", "matplotlib")
@@ -76,7 +76,8 @@ def test_help_answers_without_heavy_imports(tmp_path: Path) -> None:
         assert name in pages[0]
     assert "KEY=VALUE" in pages[1]
     assert "RUN" in pages[2]
-    assert "RUN" in pages[3]
+    assert "FOLDER" in pages[3]
+    assert "RUN" in pages[4]
     assert list(tmp_path.iterdir()) == []
 
 
