@@ -63,6 +63,11 @@ doctor *ARGS: setup
 export *ARGS: setup
     @{{bin}}/steer-heal export "$@"
 
+# a local page where base, prompted, steered and healed answer side by side: just chat rounds/NAME
+[no-exit-message]
+chat *ARGS: setup
+    @{{bin}}/steer-heal chat "$@"
+
 # ask a suite of a model or a run: just eval organism [KEY=VALUE ...]
 [no-exit-message]
 eval *ARGS: setup

@@ -6,6 +6,7 @@ Imports nothing heavy, so that a command can answer `--help` at once.
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from eval.files import explain_disk
 
 @contextmanager
 def for_people(if_stopped: str) -> Iterator[None]:
-    """Turns what a person can put right into one message and exit code 2.
+    """Turns what a person can put right into one message and exit code 2, and Ctrl-C into 130.
 
     Args:
         if_stopped: what Ctrl-C leaves behind, as the message says it.
@@ -27,11 +28,11 @@ def for_people(if_stopped: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _fail(f"error: {error}")
+        _end(f"error: {error}", 2)
     except OSError as error:
-        _fail(f"error: {error.filename or 'a file'}: {explain_disk(error)}")
+        _end(f"error: {error.filename or 'a file'}: {explain_disk(error)}", 2)
     except KeyboardInterrupt:
-        _fail(f"\nstopped; {if_stopped}")
+        _end(f"\nstopped; {if_stopped}", 128 + signal.SIGINT)  # as shells count
 
 
 def _quiet_libraries() -> None:
@@ -42,6 +43,6 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _fail(message: str) -> None:
+def _end(message: str, code: int) -> None:
     typer.echo(message, err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(code)

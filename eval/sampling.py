@@ -27,6 +27,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from eval.batching import Batch, batches
 
 _SEGMENT_TOKENS = 8
+_STREAMED_TOKENS = 4  # of a reply that is read as it grows
 
 # `generate` fills whatever is None from the model's own generation_config (Qwen2.5's has a
 # repetition penalty, a top-k and a nucleus), so each is set to the value at which it does nothing.
@@ -91,20 +92,57 @@ def sample_replies(
         around_batch: entered around each segment of a batch with the indices of the prompts whose
             replies go on, in batch order.
     """
+    generation = _generation(model, tokenizer, forbidden)
+    uniforms = _uniforms(seed, len(prompts), max_new_tokens)
+    replies: dict[int, Reply] = {}
+    for batch in batches(prompts, batch_size, tokenizer.pad_token_id, model.device, label):
+        for row, ids in _decode(
+            model, batch, generation, uniforms, temperature, around_batch, _SEGMENT_TOKENS
+        ):
+            replies[row] = _cut(ids, generation.eos_token_id)  # the last of a row is the whole
+    return [replies[row] for row in range(len(prompts))]
+
+
+def stream_reply(
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    seed: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    around_segment: Callable[[], AbstractContextManager] = nullcontext,
+) -> Iterator[Reply]:
+    """Yields one reply as it grows; the last is what `sample_replies` gives to the prompt alone.
+
+    Nothing is held between two of them: others may use the model meanwhile, and who wants no more
+    of the reply just leaves it.
+
+    Args:
+        prompt: token ids up to the assistant tag, [tokens].
+        around_segment: entered around each few tokens.
+    """
+    generation = _generation(model, tokenizer)
+    uniforms = _uniforms(seed, 1, max_new_tokens)
+    (batch,) = batches([prompt], 1, tokenizer.pad_token_id, model.device)
+    for _, ids in _decode(
+        *(model, batch, generation, uniforms, temperature),
+        around_batch=lambda rows: around_segment(),
+        segment=_STREAMED_TOKENS,
+    ):
+        yield _cut(ids, generation.eos_token_id)
+
+
+def _generation(
+    model: Any, tokenizer: Any, forbidden: Sequence[Sequence[int]] = ()
+) -> GenerationConfig:
     stops = stop_token_ids(model, tokenizer)
-    generation = GenerationConfig(
+    return GenerationConfig(
         eos_token_id=stops,
         pad_token_id=stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **_NEUTRAL,
         **_without(forbidden),
     )
-    uniforms = _uniforms(seed, len(prompts), max_new_tokens)
-    replies: dict[int, Reply] = {}
-    with torch.inference_mode():
-        for batch in batches(prompts, batch_size, tokenizer.pad_token_id, model.device, label):
-            for row, ids in _decode(model, batch, generation, uniforms, temperature, around_batch):
-                replies[row] = _cut(ids, stops)
-    return [replies[row] for row in range(len(prompts))]
 
 
 def _decode(
@@ -114,33 +152,36 @@ def _decode(
     uniforms: torch.Tensor,
     temperature: float,
     around_batch: Callable[[list[int]], AbstractContextManager],
+    segment: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields each row with its new token ids, in the segment in which it ended."""
+    """Yields each row that went on with all its new token ids, after every `segment` tokens."""
     rows, ids, mask = batch.rows, batch.inputs["input_ids"], batch.inputs["attention_mask"]
     width, longest = ids.shape[1], ids.shape[1] + uniforms.shape[1]  # of prompts, with replies
     stops = torch.tensor(generation.eos_token_id, device=ids.device)
-    cache, segment = None, _SEGMENT_TOKENS
+    cache = None
     while rows:
         generation.max_new_tokens = min(segment, longest - ids.shape[1])
-        with around_batch(rows):
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                generation_config=generation,
-                logits_processor=[_Draw(uniforms[rows], width, temperature)] if temperature else [],
-            )
-        ids, cache = out.sequences, out.past_key_values  # [rows, tokens]
-        mask = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-        ended = torch.isin(ids[:, width:], stops).any(1) | (ids.shape[1] == longest)
-        for index in ended.nonzero().flatten().tolist():
-            yield rows[index], ids[index, width:].tolist()
-        going = (~ended).nonzero().flatten()
-        rows, ids, mask = [rows[index] for index in going.tolist()], ids[going], mask[going]
-        if cache is None:  # Mamba: what goes on is read again from its start, once
-            segment = uniforms.shape[1]
-        else:
-            cache.reorder_cache(going)
+        draw = [_Draw(uniforms[rows], width, temperature)] if temperature else []
+        with torch.inference_mode():  # not around the yield: a stream's reader may be any thread
+            with around_batch(rows):
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    generation_config=generation,
+                    logits_processor=draw,
+                )
+            ids, cache = out.sequences, out.past_key_values  # [rows, tokens]
+            mask = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+            grown = list(zip(rows, ids[:, width:].tolist(), strict=True))
+            ended = torch.isin(ids[:, width:], stops).any(1) | (ids.shape[1] == longest)
+            going = (~ended).nonzero().flatten()
+            rows, ids, mask = [rows[index] for index in going.tolist()], ids[going], mask[going]
+            if cache is None:  # Mamba: what goes on is read again from its start, once
+                segment = uniforms.shape[1]
+            else:
+                cache.reorder_cache(going)
+        yield from grown
 
 
 class _Draw(LogitsProcessor):

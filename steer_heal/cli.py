@@ -29,6 +29,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE...", help="for example N=3 model=PATH heal.rank=8"),
 ]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="a folder in rounds/")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders in rounds/")]
 
 
@@ -95,7 +96,7 @@ def judge(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a folder in rounds/")],
+    run: Run,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="what is not there yet")],
     settings: Annotated[
         list[str] | None,
@@ -124,6 +125,15 @@ def evaluate(
         from steer_heal.examine import examine
 
         typer.echo(examine(subject, settings or []))
+
+
+@app.command()
+def chat(run: Run, settings: Settings = None) -> None:
+    """Opens a local page where base, prompted, steered and healed model answer side by side."""
+    with _working("nothing was changed"):
+        from steer_heal.chat_server import serve
+
+        serve(_run_folder(run), settings or [])
 
 
 @app.command()

@@ -30,7 +30,7 @@ from eval.settings import Settings, resolve_settings
 from steer_heal.artifacts import RoundAdapter
 from steer_heal.card import Exported, card_text, served_base
 from steer_heal.merge import write_merged
-from steer_heal.model import load_student, resolve_model
+from steer_heal.model import load_student, require_weights, resolve_model
 from steer_heal.proof import Reference, prove, reference
 from steer_heal.rounds import Run
 from steer_heal.saved import SavedRun, read_saved_run
@@ -175,11 +175,7 @@ def _reference(saved: SavedRun, adapters: Sequence[RoundAdapter], device: str) -
     """What the run's student says; the model is gone afterwards, to leave room for the next."""
     model_id = saved.description.config["model"]
     student = load_student(model_id, [], device)  # on the CPU in fp32: nothing is rounded
-    if student.loaded.weights_hash != saved.description.model:
-        raise UserError(
-            f"model {model_id} is not the one that {saved.path} was made on: its weights have "
-            "changed, and an adapter fits no others"
-        )
+    require_weights(student, saved.description.model, saved.path)
     for adapter, each in zip(adapters, saved.rounds, strict=False):
         require_sound(adapter, student.loaded.model, saved.path / each.folder / "adapter")
     for adapter in adapters:

@@ -127,6 +127,15 @@ def load_student(model_id: str, stack: Sequence[RoundAdapter], device: str = "au
     return student
 
 
+def require_weights(student: Student, weights_hash: str, run_path: Path) -> None:
+    """Raises UserError where the weights of a student's base are not those of a run."""
+    if student.loaded.weights_hash != weights_hash:
+        raise UserError(
+            f"model {student.loaded.model_id} is not the one that {run_path} was made on: its "
+            "weights have changed, and an adapter fits no others"
+        )
+
+
 def check_model(model_id: str) -> None:
     """Refuses at once a model that needs no look at the hub to be known as missing."""
     local_model(_place(model_id))

@@ -19,7 +19,7 @@ from tests.processes import Command, command, portable_settings, refusal, rounds
 from tests.tiny import tiny_model_folder
 
 COMMANDS = (
-    *("round", "report", "list", "compare", "judge", "export", "eval"),
+    *("round", "report", "list", "compare", "judge", "export", "chat", "eval"),
     *("bench", "study", "lint", "doctor", "settings"),
 )
 HEAVY = ("torch", "transformers", "numpy", "peft", "trl", "matplotlib")

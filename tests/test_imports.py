@@ -89,6 +89,8 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "card",
                 "export",
                 "examine",
+                "chat",
+                "chat_server",
                 "lint",
             }
         ),

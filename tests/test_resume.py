@@ -199,7 +199,7 @@ def test_killed_between_writes_ends_with_the_same_bytes(
 def test_ctrl_c_says_how_to_go_on(stage: str, reference: Reference, tmp_path: Path) -> None:
     folder, code, said = _stopped_in(stage, signal.SIGINT, reference, tmp_path)
 
-    assert code == 2
+    assert code == 130
     assert "stopped; the same command goes on from there" in said
     assert "Traceback" not in said
     assert not list((folder / RUN).rglob(".tmp-*"))
