@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
+
+from eval.bars import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ def batches(
         label: what the progress bar says; None draws none.
     """
     order = sorted(range(len(rows)), key=lambda row: (-len(rows[row]), row))
-    with tqdm(total=len(rows), desc=label, unit="row", disable=label is None, leave=False) as bar:
+    with progress_bar(len(rows), label) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             yield Batch(rows=chosen, inputs=left_pad([rows[row] for row in chosen], pad_id, device))

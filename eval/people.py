@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ import typer
 
 from eval.errors import UserError
 from eval.files import explain_disk
+
+IN_LOG_ALONE = "in_log_alone"  # marks a record of the log that no terminal is to show
 
 
 @contextmanager
@@ -32,7 +35,8 @@ def for_people(if_stopped: str) -> Iterator[None]:
     except OSError as error:
         _end(f"error: {error.filename or 'a file'}: {explain_disk(error)}", 2)
     except KeyboardInterrupt:
-        _end(f"\nstopped; {if_stopped}", 128 + signal.SIGINT)  # as shells count
+        after_echo = "\n" if sys.stderr.isatty() else ""  # of ^C
+        _end(f"{after_echo}stopped; {if_stopped}", 128 + signal.SIGINT)  # as shells count
 
 
 def _quiet_libraries() -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
-from tqdm import tqdm
 
+from eval.bars import progress_bar
 from eval.errors import UserError
 from eval.files import (
     NOT_AS_WRITTEN,
@@ -122,7 +122,7 @@ def probe(
     with locked(folder, f"evaluation {folder}", "folder=NAME"):
         _agree(folder, _about(config, suite, subject))
         lines = _read(folder, suite, config.batch_size)
-        with tqdm(total=len(suite.items), initial=len(lines), desc=name, unit="item") as bar:
+        with progress_bar(len(suite.items), name, initial=len(lines)) as bar:
             for start in range(len(lines), len(suite.items), config.batch_size):
                 lines += _ask(model, tokenizer, suite, config, start)
                 _append(folder, lines[start:])

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from eval.errors import UserError
-from eval.people import for_people
+from eval.people import IN_LOG_ALONE, for_people
 
 app = typer.Typer(
     help="Steer, filter, heal, stack: from two opposite personas to an ordinary LoRA adapter.",
@@ -216,7 +216,12 @@ def _working(if_stopped: str) -> Iterator[None]:
 
     logger.remove()
     line = "{time:HH:mm:ss} {level: <7} {message}"
-    logger.add(lambda text: tqdm.write(text, file=sys.stderr, end=""), format=line, colorize=False)
+    logger.add(
+        lambda text: tqdm.write(text, file=sys.stderr, end=""),
+        format=line,
+        colorize=False,
+        filter=lambda record: IN_LOG_ALONE not in record["extra"],
+    )
     with for_people(if_stopped):
         yield
 

@@ -127,13 +127,13 @@ def _train(
     name: str,
     seed: int,
 ) -> tuple[TrainStep, ...]:
-    model, log = student.loaded.model, StepLog()
+    model = student.loaded.model
     teacher = Teacher(
         adapters=student.names,
         layers=[student.loaded.layers[index] for index in vector.band],
         directions=vector.band_directions,
     )
-    with tempfile.TemporaryDirectory() as scratch, _put_back(model):
+    with tempfile.TemporaryDirectory() as scratch, _put_back(model), StepLog() as log:
         trainer = HealTrainer(
             model=model,
             args=_arguments(config, len(student.adapters), model, scratch, seed),

@@ -91,5 +91,5 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         healed = student.grown(adapter)
         round.once(RoundEval, evaluate_round, student, healed, vector, kept, trait, evaluate, seed)
         round.finish()
-        watch.warn(round)
+        watch.tell(round)
         student = healed

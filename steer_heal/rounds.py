@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from loguru import logger
 
+from eval.bars import duration_text
 from eval.errors import UserError
 from eval.files import NOT_AS_WRITTEN, disk_errors, locked, read_json, write_json, write_text
+from eval.people import IN_LOG_ALONE
 from steer_heal.artifacts import Controls, Limits, RoundAdapter, RoundEval
 from steer_heal.cache import StageCache
 from steer_heal.changes import absent, changes
@@ -80,8 +82,8 @@ class Run(Stages):
             once_s = self.spent_s - before  # the run's own stages do not come again
             taken = (time.monotonic() - start - once_s) / (index + 1 - first)
             left_s = taken * (total - 1 - index) if reason is None else 0.0
-            left = f", about {left_s:.0f} s to go" if left_s else ""
-            logger.info("{} of {} rounds done, {:.0f} s each{}", index + 1, total, taken, left)
+            each = f"{index + 1} of {total} rounds done, {duration_text(taken)} each"
+            logger.info("{}", f"{each}, about {duration_text(left_s)} to go" if left_s else each)
         if reason is not None or first >= total:
             num_done = len(self.done_rounds())
             further = reason or f"N={num_done + 1} goes further"
@@ -145,6 +147,10 @@ def open_run(
         sink = logger.add(_to_log(path), format="{time} {level} {message}", catch=False)
         try:
             yield run
+        except (Exception, KeyboardInterrupt) as error:
+            with suppress(UserError):  # of a full disk, which is what the error is of too
+                _log_end(error)
+            raise
         finally:
             logger.remove(sink)
 
@@ -163,6 +169,17 @@ def read_run(path: Path) -> dict[str, Any]:
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{file} {NOT_AS_WRITTEN}; take it away to have it written again")
     return description
+
+
+def _log_end(error: BaseException) -> None:
+    """Says in the log alone why a run ends here: people are told by whoever catches the error."""
+    log = logger.bind(**{IN_LOG_ALONE: True})
+    if isinstance(error, KeyboardInterrupt):
+        log.info("stopped by Ctrl-C; the same command goes on from there")
+    elif isinstance(error, UserError):
+        log.error("failed: {}", error)
+    else:
+        log.opt(exception=error).error("failed: {}: {}", type(error).__name__, error)
 
 
 def _to_log(path: Path) -> Callable[[str], None]:

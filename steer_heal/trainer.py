@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 from transformers import TrainerCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from eval.bars import progress_bar
 from eval.errors import UserError
 from steer_heal.config import HealConfig
 from steer_heal.hooks import add_vector
@@ -223,20 +224,26 @@ class HealTrainer(SFTTrainer):
 
 
 class StepLog(TrainerCallback):
-    """Keeps the gradient norm and the learning rate of every optimizer step; draws the bar."""
+    """Keeps the gradient norm and the learning rate of every optimizer step; draws the bar.
+
+    To be entered around the training: the bar is gone after it, however it ends.
+    """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
-        self.bar = tqdm(desc="heal", unit="step", leave=False)
+        self._shown = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._shown.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.reset(total=state.max_steps)
+        self._bar = self._shown.enter_context(progress_bar(state.max_steps, "heal"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+        self._bar.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "grad_norm" in logs:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from loguru import logger
 
 from steer_heal.guards import alarms
+from steer_heal.round_table import round_table
 from steer_heal.rounds import Round, Run
 from steer_heal.saved import read_saved_run
 from steer_heal.summary import Summary, summarise
@@ -25,8 +26,10 @@ class Watch:
         self._run = run
         self._summary: Summary | None = None  # of the finished rounds when it was asked for last
 
-    def warn(self, round: Round) -> None:
-        """Says what went wrong in a finished round."""
+    def tell(self, round: Round) -> None:
+        """Says what a finished round came to, beside the controls, and what went wrong in it."""
+        table = "\n".join(round_table(self._so_far()))
+        logger.info("what round {} came to\n{}", round.index + 1, table)
         for alarm in alarms(self._so_far()):
             if alarm.round == round.index + 1:
                 logger.warning("{}", alarm)

@@ -12,9 +12,12 @@ import os
 import resource
 import signal
 import sys
+import termios
 import threading
 import time
+import tty
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,18 +57,26 @@ class Fate:
 class Command:
     """`steer-heal ARGUMENTS` in a folder, running."""
 
-    def __init__(self, folder: Path, *arguments: str, fate: Fate | None = None) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, fate: Fate | None = None, columns: int = 80
+    ) -> None:
+        """Starts it.
+
+        Args:
+            columns: of the terminal that it writes its errors to.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._out = folder / f"out-{time.monotonic_ns()}"
-        fifo = folder / f"err-{time.monotonic_ns()}"
-        os.mkfifo(fifo)  # a pipe: a limit on the size of files does not touch it
-        fate = fate or Fate()
+        self._screen, self._terminal = os.openpty()
+        tty.setraw(self._terminal)  # lines end as they are written
+        termios.tcsetwinsize(self._terminal, (24, columns))
         self._process = _SERVER.Process(
-            target=_main, args=(folder, arguments, fate, self._out, fifo)
+            target=_main,
+            args=(folder, arguments, fate or Fate(), self._out, os.ttyname(self._terminal)),
         )
         self._process.start()
         self._text = b""
-        self._reader = threading.Thread(target=self._read, args=(fifo,))
+        self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     @property
@@ -94,6 +105,7 @@ class Command:
         if self._process.exitcode is None:
             self._process.kill()
             raise AssertionError(f"still running: {self.err}")
+        os.close(self._terminal)  # which it has no more: the screen ends
         self._reader.join()
         out = self._out.read_text()
         self._out.unlink()
@@ -103,11 +115,11 @@ class Command:
         self.send(signal.SIGKILL)
         return self.end()
 
-    def _read(self, fifo: Path) -> None:
-        with fifo.open("rb", buffering=0) as pipe:
-            while chunk := pipe.read(65536):
+    def _read(self) -> None:
+        with suppress(OSError):  # Linux's word for the end of a terminal
+            while chunk := os.read(self._screen, 65536):
                 self._text += chunk
-        fifo.unlink()
+        os.close(self._screen)
 
 
 def command(folder: Path, *arguments: str, fate: Fate | None = None) -> Finished:
@@ -161,9 +173,9 @@ def rewind(run: Path, index: int, stage: str) -> None:
     (folder / "DONE").unlink()
 
 
-def _main(folder: Path, arguments: tuple[str, ...], fate: Fate, out: Path, err: Path) -> None:
-    for stream, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), stream)
+def _main(folder: Path, arguments: tuple[str, ...], fate: Fate, out: Path, err: str) -> None:
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT, 0o600), 1)
+    os.dup2(os.open(err, os.O_RDWR | os.O_NOCTTY), 2)
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test worker's processes ignore it
     if fate.largest_file_bytes:  # the write that crosses it is a real OSError

@@ -218,9 +218,11 @@ def _alarms(run: Run) -> list[Alarm]:
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """What is said meanwhile, by lines."""
+    """What is warned of meanwhile, by lines."""
     lines: list[str] = []
-    sink = logger.add(lambda line: lines.append(str(line).strip()), format="{level} {message}")
+    sink = logger.add(
+        lambda line: lines.append(str(line).strip()), format="{level} {message}", level="WARNING"
+    )
     yield lines
     logger.remove(sink)
 
@@ -228,7 +230,7 @@ def said() -> Iterator[list[str]]:
 def test_nothing_is_said_of_a_run_that_is_fine(run: Run, said: list[str]) -> None:
     assert _alarms(run) == []
     for index in (0, 1):
-        Watch(run).warn(run.round(index))
+        Watch(run).tell(run.round(index))
     assert said == []
     assert 'class="warnings"' not in write_report(run.path).read_text(encoding="utf-8")
 
@@ -265,8 +267,8 @@ def test_a_guard_goes_off_by_its_name_in_its_round(
     assert (alarm.name, alarm.round) == (name, 2)
     assert figure in alarm.figure
 
-    Watch(run).warn(run.round(0))
-    Watch(run).warn(run.round(1))
+    Watch(run).tell(run.round(0))
+    Watch(run).tell(run.round(1))
     assert said == [f"WARNING {alarm}"]
     assert str(alarm).startswith(f"round 2: {name}: {alarm.what} ({alarm.figure}); ")
 
@@ -352,7 +354,8 @@ def test_a_real_run_warns_right_after_each_round(made: tuple[Path, list[str]]) -
         expected = [f"WARNING {alarm}" for alarm in found if alarm.round == number]
         evaluated = said.index(f"INFO round {number} (round-{number - 1:02d}): eval")
         (done,) = [n for n, line in enumerate(said) if f"{number} of 2 rounds done" in line]
-        assert said[evaluated + 1 : done] == expected
+        table, *warned = said[evaluated + 1 : done]
+        assert table.startswith(f"INFO what round {number} came to\n") and warned == expected
         assert any("barrier never fired" in line for line in expected)
         logged = (path / "log.txt").read_text(encoding="utf-8")
         assert all(line in logged for line in expected)

@@ -66,6 +66,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "summary",
                 "wording",
                 "guards",
+                "round_table",
                 "watch",
                 "figures",
                 "report",

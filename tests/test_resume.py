@@ -104,7 +104,7 @@ KILLS = {  # stage -> what the process says when it is in the middle of it
     "vector": ("round 2 (round-01): vector", "round-01/stages.json"),
     "drafts": ("round 2 (round-01): drafts", "round-01/stages.json"),
     "screened": ("round 2 (round-01): screened", "round-01/stages.json"),
-    "adapter": ("3/8 [", "round-01/stages.json"),
+    "adapter": ("heal 3/8", "round-01/stages.json"),
     "eval": ("round 2 (round-01): eval", "round-01/stages.json"),
 }
 
@@ -200,7 +200,10 @@ def test_ctrl_c_says_how_to_go_on(stage: str, reference: Reference, tmp_path: Pa
     folder, code, said = _stopped_in(stage, signal.SIGINT, reference, tmp_path)
 
     assert code == 130
-    assert "stopped; the same command goes on from there" in said
+    assert said.splitlines()[-1] == "stopped; the same command goes on from there"
+    log = (folder / RUN / "log.txt").read_text()
+    assert log.splitlines()[-1].endswith("stopped by Ctrl-C; the same command goes on from there")
+    assert "stopped by Ctrl-C" not in said
     assert "Traceback" not in said
     assert not list((folder / RUN).rglob(".tmp-*"))
     rounds_of(folder, 2, *reference.settings)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+
+import pytest
 import torch
 
 from eval.batching import batches, left_pad
@@ -38,7 +41,10 @@ def test_a_batch_holds_its_rows_and_no_more_padding_than_it_needs() -> None:
         assert batch.inputs["input_ids"].shape[1] == max(len(ids) for ids in kept)
 
 
-def test_progress_is_drawn_only_with_a_label(capsys) -> None:
+def test_progress_is_drawn_only_with_a_label(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     list(batches(ROWS, 2, 0, "cpu"))
     assert capsys.readouterr().err == ""
     list(batches(ROWS, 2, 0, "cpu", label="counting"))
