@@ -33,7 +33,7 @@ report +RUNS: setup
 list *FOLDER: setup
     @{{bin}}/steer-heal list "$@"
 
-# paired differences between runs: just compare rounds/A rounds/B
+# paired differences between runs, and compare.html: just compare rounds/A rounds/B [out=PATH]
 [no-exit-message]
 compare +RUNS: setup
     @{{bin}}/steer-heal compare "$@"

@@ -73,12 +73,23 @@ def list_runs(
 
 
 @app.command()
-def compare(runs: Runs) -> None:
-    """Prints the paired differences between runs, with their intervals."""
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="folders in rounds/; out=PATH: where the page goes"),
+    ],
+) -> None:
+    """Prints the paired differences between runs, with their intervals, and draws compare.html."""
     with _working("nothing was changed"):
         from steer_heal.compare import compare_runs
+        from steer_heal.compare_page import PAGE_FILE, write_page
 
-        typer.echo(compare_runs([_run_folder(path) for path in runs]))
+        paths = [_run_folder(Path(run)) for run in runs if not run.startswith("out=")]
+        given = [Path(run.removeprefix("out=")) for run in runs if run.startswith("out=")]
+        comparison = compare_runs(paths)
+        out = given[-1] if given else paths[0].resolve().parent / PAGE_FILE
+        write_page(comparison, out)
+        typer.echo(f"{comparison.text}\n\npage: {out}")
 
 
 @app.command()

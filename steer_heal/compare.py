@@ -7,7 +7,8 @@ four evaluations together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,27 @@ from steer_heal.saved import SavedRun, prompt_means, read_saved_run
 from steer_heal.wording import aligned
 
 
-def compare_runs(paths: Sequence[Path]) -> str:
-    """A table of the last round of every run, and the differences of each from the first.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What runs came to, and by how much each of them differs from the first."""
+
+    runs: tuple[SavedRun, ...]
+    figures: tuple[dict[str, float], ...]  # a run each: name -> figure, after its last round
+    differences: tuple[dict[str, Interval], ...]  # a run each but the first: name -> difference
+
+    @property
+    def names(self) -> list[str]:
+        """The runs' folders, a name each."""
+        return [run.path.resolve().name for run in self.runs]
+
+    @property
+    def text(self) -> str:
+        """A table of the figures, and a block of the differences of each run from the first."""
+        return "\n\n".join([_table(self), *_blocks(self)])
+
+
+def compare_runs(paths: Sequence[Path]) -> Comparison:
+    """Compares the last round of every run with that of the first.
 
     Raises:
         UserError: fewer than two runs, one given twice, no run, no finished round, different items.
@@ -46,11 +66,15 @@ def compare_runs(paths: Sequence[Path]) -> str:
     for index, path in enumerate(paths):
         if path.resolve() in [earlier.resolve() for earlier in paths[:index]]:
             raise UserError(f"{path} is given twice: a run does not differ from itself")
-    runs = [read_saved_run(path) for path in paths]
-    for other in runs[1:]:
-        _require_comparable(runs[0], other)
-    blocks = [_table(runs), *(_differences(runs[0], other) for other in runs[1:])]
-    return "\n\n".join(blocks)
+    runs = tuple(read_saved_run(path) for path in paths)
+    first, *others = runs
+    for other in others:
+        _require_comparable(first, other)
+    return Comparison(
+        runs=runs,
+        figures=tuple(_figures(run, _intended(runs)) for run in runs),
+        differences=tuple(_intervals(first, other) for other in others),
+    )
 
 
 def _require_comparable(first: SavedRun, other: SavedRun) -> None:
@@ -85,13 +109,27 @@ def _vignettes(rows: ConditionEval) -> list[str]:
     return sorted([*(row.key for row in rows.choices), *rows.unscorable])
 
 
-def _table(runs: Sequence[SavedRun]) -> str:
+def _table(comparison: Comparison) -> str:
     """A line a figure, a column a run."""
-    columns = [_figures(run, _intended(runs)) for run in runs]
-    lines = [["after its last round, healed", *(run.path.resolve().name for run in runs)]]
-    lines.append(["rounds", *(str(len(run.rounds)) for run in runs)])
+    columns = comparison.figures
+    lines = [["after its last round, healed", *comparison.names]]
+    lines.append(["rounds", *(str(len(run.rounds)) for run in comparison.runs)])
     lines += [[label, *(fixed(column[label], 3) for column in columns)] for label in columns[0]]
     return "\n".join(aligned(lines, right=range(1, len(lines[0]))))
+
+
+def _blocks(comparison: Comparison) -> Iterator[str]:
+    """The paired differences of each run from the first, a line a figure."""
+    first, *others = comparison.runs
+    first_name, *names = comparison.names
+    for name, other, intervals in zip(names, others, comparison.differences, strict=True):
+        lines = [f"{name} minus {first_name}, with 95 % bootstrap intervals over items"]
+        lines.append(differences_text(intervals))
+        if first.trait.intended != other.trait.intended:
+            lines.append(
+                "no selectivity, no flip rate: the traits mean to move different foundations"
+            )
+        yield "\n".join(lines)
 
 
 def _intended(runs: Sequence[SavedRun]) -> dict[str, Any]:
@@ -128,16 +166,6 @@ def _figures(run: SavedRun, intended: dict[str, Any]) -> dict[str, float]:
 
 def _mean(rows: Sequence[Any], value: Callable[[Any], float]) -> float:
     return float(np.mean([value(row) for row in rows]))
-
-
-def _differences(first: SavedRun, other: SavedRun) -> str:
-    """The paired differences of one run from the first, a line a figure."""
-    names = [run.path.resolve().name for run in (other, first)]
-    lines = [f"{names[0]} minus {names[1]}, with 95 % bootstrap intervals over items"]
-    lines.append(differences_text(_intervals(first, other)))
-    if first.trait.intended != other.trait.intended:
-        lines.append("no selectivity, no flip rate: the traits mean to move different foundations")
-    return "\n".join(lines)
 
 
 def _intervals(first: SavedRun, other: SavedRun) -> dict[str, Interval]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Page
 
 from eval.errors import UserError
 from eval.files import write_json
@@ -19,6 +20,8 @@ from steer_heal.config import resolve_config
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import run_path
 from steer_heal.saved import prompt_means, read_saved_run
+from tests.browser import PHONE_WIDTH, Tabs
+from tests.processes import command, refusal
 from tests.small import FOUNDATIONS, small_settings
 from tests.tiny import tiny_model_folder
 
@@ -110,7 +113,7 @@ def _moved(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, 
 
 
 def test_a_run_does_not_differ_from_its_copy(runs: dict[str, Path], copy: Path) -> None:
-    table, differences = compare_runs([runs["slow"], copy]).split("\n\n")
+    table, differences = compare_runs([runs["slow"], copy]).text.split("\n\n")
     assert set(_lines(table)) == set(FIGURES)
     lines = _lines(differences)
     assert set(lines) == set(FIGURES)
@@ -120,7 +123,7 @@ def test_a_run_does_not_differ_from_its_copy(runs: dict[str, Path], copy: Path) 
 
 
 def test_table_and_differences_are_those_of_the_files(runs: dict[str, Path]) -> None:
-    table, differences = compare_runs([runs["slow"], runs["fast"]]).split("\n\n")
+    table, differences = compare_runs([runs["slow"], runs["fast"]]).text.split("\n\n")
     slow, fast = (_figures(runs[name]) for name in ("slow", "fast"))
     assert differences.startswith("fast minus slow")
     columns, lines = _lines(table), _lines(differences)
@@ -141,14 +144,14 @@ def test_runs_that_mean_to_move_other_foundations_are_not_compared_in_that(
     description = json.loads((copy / "run.json").read_text())
     description["trait"]["intended"] = intended
     write_json(copy / "run.json", description)
-    table, differences = compare_runs([runs["slow"], copy]).split("\n\n")
+    table, differences = compare_runs([runs["slow"], copy]).text.split("\n\n")
     assert "mean to move different foundations" in differences.splitlines()[-1]
     left = set(FIGURES) - {"selectivity", "flip rate"}
     assert set(_lines(table)) == set(_lines(differences)) == left
 
 
 def test_three_runs_are_each_compared_with_the_first(runs: dict[str, Path], copy: Path) -> None:
-    table, *pairs = compare_runs([runs["slow"], runs["fast"], copy]).split("\n\n")
+    table, *pairs = compare_runs([runs["slow"], runs["fast"], copy]).text.split("\n\n")
     assert table.splitlines()[0].split()[-3:] == ["slow", "fast", "copy"]
     assert [pair.split(",")[0] for pair in pairs] == ["fast minus slow", "copy minus slow"]
 
@@ -209,3 +212,63 @@ def test_prompt_means_keep_a_prompt_together(runs: dict[str, Path]) -> None:
     rows = read_saved_run(runs["slow"]).controls.base.replies
     means = prompt_means(rows, lambda reply: reply.sample)
     assert means == [0.5] * 4
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+HOSTILE = "<img src=x onerror=window.hacked=1>"
+
+
+def _data(page: Page, chart: str) -> list[dict[str, Any]]:
+    """The traces of a chart that is drawn, those with something to be said of their points."""
+    page.wait_for_function(f"document.getElementById('{chart}').data !== undefined")
+    traces = page.evaluate(f"document.getElementById('{chart}').data")
+    return [trace for trace in traces if trace["hoverinfo"] == "text"]
+
+
+def test_the_page_draws_what_the_files_say(
+    runs: dict[str, Path], tmp_path: Path, tabs: Tabs
+) -> None:
+    fast = Path(shutil.copytree(runs["fast"], tmp_path / HOSTILE))
+    out = tmp_path / "page.html"
+    done = command(tmp_path, "compare", str(runs["slow"]), str(fast), f"out={out}")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == f"page: {out}"
+    assert out.stat().st_size < 4_000_000
+    page = tabs.open(out, width=PHONE_WIDTH, dark=True)
+
+    figures = {name: _figures(path) for name, path in (("slow", runs["slow"]), ("fast", fast))}
+    for trace, name in zip(_data(page, "enacted"), figures, strict=True):
+        base = json.loads((runs[name] / "base.json").read_text())["replies"]
+        before = statistics.mean(reply["enacted"] for reply in base)
+        assert trace["y"] == pytest.approx([before, figures[name]["enacted"]])
+    (points,) = _data(page, "paired-nats")
+    for name in ("care_nats", "authority_nats", "selectivity"):
+        place = next(i for i, text in enumerate(points["hovertext"]) if f"<br>{name} " in text)
+        moved = figures["fast"][name] - figures["slow"][name]
+        assert points["x"][place] == pytest.approx(moved, abs=1e-9)
+        bars = points["error_x"]
+        assert bars["array"][place] >= 0 and bars["arrayminus"][place] >= 0
+
+    rows = page.locator("#settings tbody tr").all_inner_texts()
+    assert [row.split() for row in rows] == [["heal.learning_rate", "0.003", "0.1"]]
+    heads = page.locator("#figures thead th").all_inner_texts()
+    assert heads == ["healed", "slow", HOSTILE]
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE_WIDTH
+    assert {request.partition(":")[0] for request in tabs.requests} <= {"file", "data"}
+
+
+def test_the_page_lies_beside_the_runs_and_only_where_it_can(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    rounds = tmp_path / "rounds"
+    for name in ("slow", "fast"):
+        shutil.copytree(runs[name], rounds / name)
+    assert "two runs or more" in refusal(command(tmp_path, "compare", "slow"))
+    nowhere = tmp_path / "nowhere" / "page.html"
+    message = refusal(command(tmp_path, "compare", "slow", "fast", f"out={nowhere}"))
+    assert str(nowhere) in message
+    assert sorted(path.name for path in rounds.iterdir()) == ["fast", "slow"]
+    assert command(tmp_path, "compare", "slow", "fast").code == 0
+    assert (rounds / "compare.html").is_file() and not list(rounds.glob(".tmp-*"))
