@@ -1,14 +1,19 @@
-"""Left-padded batches, sorted by length, with a progress bar and an ETA."""
+"""Padded batches, sorted by length, with a progress bar and an ETA; halved where memory ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from loguru import logger
 
 from eval.bars import progress_bar
+from eval.errors import UserError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +46,75 @@ def batches(
             bar.update(len(chosen))
 
 
+def fitting(
+    work: Callable[[list[int]], Result], rows: list[int], label: str | None = None
+) -> Iterator[tuple[list[int], Result]]:
+    """Yields rows with what `work` makes of them: all at once, or in halves that fit into memory.
+
+    Args:
+        label: of the work, for the message.
+    Raises:
+        UserError: one row alone does not fit.
+    """
+    pending = [rows]
+    while pending:
+        part = pending.pop()
+        try:
+            result = work(part)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if len(part) == 1:
+                raise UserError(_too_large(error, label)) from error
+        else:
+            yield part, result
+            continue
+        # not inside `except`: the error's traceback holds what was made until then
+        clear_device_cache(garbage_collection=True)
+        half = len(part) // 2
+        logger.warning("{} rows do not fit into memory together: {} at a time", len(part), half)
+        pending += [part[half:], part[:half]]
+
+
 def left_pad(
     rows: Sequence[Sequence[int]], pad_id: int | None, device: Any
 ) -> dict[str, torch.Tensor]:
-    """Token ids to model inputs: input_ids, attention_mask, position_ids, each [batch, tokens]."""
+    """Token ids to model inputs with their ends aligned, each [batch, tokens].
+
+    Returns:
+        input_ids, attention_mask, position_ids; a row counts from its own first token.
+    """
     width = max(len(row) for row in rows)
+    return _inputs(rows, [width - len(row) for row in rows], pad_id, device)
+
+
+def right_pad(
+    rows: Sequence[Sequence[int]], pad_id: int | None, device: Any
+) -> dict[str, torch.Tensor]:
+    """The same with their beginnings aligned: what a causal model reads is not moved."""
+    return _inputs(rows, [0] * len(rows), pad_id, device)
+
+
+def _inputs(
+    rows: Sequence[Sequence[int]], starts: Sequence[int], pad_id: int | None, device: Any
+) -> dict[str, torch.Tensor]:
+    width = max(start + len(row) for start, row in zip(starts, rows, strict=True))
     ids = torch.full((len(rows), width), pad_id or 0, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row, dtype=torch.long)
-        mask[index, width - len(row) :] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # a row counts from its own first token
+    for index, (start, row) in enumerate(zip(starts, rows, strict=True)):
+        ids[index, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, start : start + len(row)] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {
         "input_ids": ids.to(device),
         "attention_mask": mask.to(device),
         "position_ids": positions.to(device),
     }
+
+
+def _too_large(error: RuntimeError, label: str | None) -> str:
+    return (
+        f"{label or 'a forward pass'}: one row alone does not fit into memory "
+        f"({str(error).splitlines()[0]}): take a smaller model, shorter replies (max_new_tokens), "
+        "or a machine with more memory"
+    )

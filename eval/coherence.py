@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from eval.batching import batches
+from eval.logits import completion_ends, end_logits
 
 _WINDOW_WORDS = 60  # with punctuation: three or four sentences
 _WINDOW_CHARACTERS = 300  # about as much
@@ -79,17 +79,13 @@ def token_logprobs(
     Returns:
         One fp32 tensor [completion tokens] a row, on the CPU; an empty completion's is empty.
     """
-    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
-    result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    for batch in batches(rows, batch_size, pad_id, model.device, label):
-        longest = max(len(completions[row]) for row in batch.rows)
-        with torch.inference_mode():
-            logits = model(**batch.inputs, logits_to_keep=longest + 1, use_cache=False).logits
-            for index, row in enumerate(batch.rows):  # a row at a time: fp32 [vocab] is dear
-                ids = batch.inputs["input_ids"][index, -1 - longest :]  # [longest + 1]
-                start = longest - len(completions[row])
-                logp = logits[index, start:-1].float().log_softmax(-1)  # [completion, vocab]
-                result[row] = logp.gather(-1, ids[start + 1 :, None])[:, 0].cpu()
+    result: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+    ends = completion_ends(prompts, completions)
+    for row, logits in end_logits(model, ends, batch_size, pad_id, label):
+        # a row at a time, as fp32 [vocab] a token is dear
+        logp = logits[:-1].float().log_softmax(-1)  # [completion, vocab]
+        ids = torch.tensor(completions[row], dtype=torch.long, device=logp.device)
+        result[row] = logp.gather(-1, ids[:, None])[:, 0].cpu()
     return result
 
 

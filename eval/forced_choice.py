@@ -34,10 +34,10 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from eval.batching import batches
 from eval.chat import chat_text, next_turn_text, text_ids
 from eval.errors import UserError
 from eval.items import ForcedChoiceItem, Perspective, SuiteError, item_key
+from eval.logits import alike_ends, end_logits
 from eval.suite import ForcedChoiceSuite
 from eval.think import Thinking, natural_answer, think
 
@@ -187,9 +187,9 @@ def forced_choice(
     readings = [
         _reading(tokenizer, suite, *pair, thinking) for pair in zip(pieces, thoughts, strict=True)
     ]
-    answers = _answers(model, tokenizer, readings, digits, batch_size, label)
-    trials = list(zip(readings, answers, strict=True))
     count = len(ORDERS) * thinking.samples
+    answers = _answers(model, tokenizer, readings, digits, count, batch_size, label)
+    trials = list(zip(readings, answers, strict=True))
     rows = {
         item.key: _row(tokenizer, suite, item, trials[count * index :][:count])
         for index, item in enumerate(suite.items)
@@ -224,29 +224,30 @@ def _reading(
     return _Reading(ids=ids, num_prefill=num_prefill, natural=found is not None, thought=thought)
 
 
-@torch.inference_mode()
 def _answers(
     model: Any,
     tokenizer: Any,
     readings: Sequence[_Reading],
     digits: list[int],
+    num_trials: int,
     batch_size: int,
     label: str | None,
 ) -> list[_Answer]:
-    """Reads the indices at the end of every row, and the prefill before it."""
+    """Reads the indices at the end of every row, and the prefill before it.
+
+    Args:
+        num_trials: rows of one item, which stand together.
+    """
+    counts = [reading.num_prefill + 1 for reading in readings]
+    ends = alike_ends([reading.ids for reading in readings], counts, num_trials)
     answers: dict[int, _Answer] = {}
-    rows = [reading.ids for reading in readings]
-    for batch in batches(rows, batch_size, tokenizer.pad_token_id, model.device, label):
-        longest = max(readings[row].num_prefill for row in batch.rows)
-        # [batch, longest + 1, vocab]
-        logits = model(**batch.inputs, logits_to_keep=longest + 1, use_cache=False).logits
-        for index, row in enumerate(batch.rows):
-            logp = logits[index].float().log_softmax(-1)
-            prefill = batch.inputs["input_ids"][index, -readings[row].num_prefill :, None]
-            said = logp[-1 - len(prefill) : -1].gather(-1, prefill)
-            answers[row] = _Answer(
-                logprobs=logp[-1, digits].double().cpu(), prefill_nll_nats=float(-said.mean())
-            )
+    for row, logits in end_logits(model, ends, batch_size, tokenizer.pad_token_id, label):
+        logp = logits.float().log_softmax(-1)  # [prefill + 1, vocab]
+        prefill = torch.tensor(readings[row].ids[-readings[row].num_prefill :], device=logp.device)
+        said = logp[:-1].gather(-1, prefill[:, None])
+        answers[row] = _Answer(
+            logprobs=logp[-1, digits].double().cpu(), prefill_nll_nats=float(-said.mean())
+        )
     return [answers[row] for row in range(len(readings))]
 
 

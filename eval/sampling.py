@@ -1,7 +1,8 @@
 """Batched sampling of replies, from token ids to token ids.
 
 Rows leave their batch soon after they end: transformers' `generate` decodes a segment, the rows
-that ended in it are taken out of the cache, and the others go on.
+that ended in it are taken out of the cache, and the others go on. Rows of a batch that have the
+same prompt share the work on it: it is read once, and each gets a copy of what is in the cache.
 
 A token is drawn by the inverse of its distribution's cumulative function. With u ~ U[0, 1) of its
 own for every row and step,
@@ -14,7 +15,7 @@ it. Two conditions that are sampled with one seed differ by what they say, not b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessor
 
-from eval.batching import Batch, batches
+from eval.batching import batches, fitting, left_pad
 
 _SEGMENT_TOKENS = 8
 _STREAMED_TOKENS = 4  # of a reply that is read as it grows
@@ -75,6 +76,7 @@ def sample_replies(
     batch_size: int = 64,
     forbidden: Sequence[Sequence[int]] = (),
     around_batch: Callable[[list[int]], AbstractContextManager] = lambda rows: nullcontext(),
+    kinds: Sequence[Hashable] | None = None,
     label: str | None = None,
 ) -> list[Reply]:
     """Samples one reply a prompt (temperature 0: greedy); replies come in the prompts' order.
@@ -90,16 +92,26 @@ def sample_replies(
         forbidden: sequences of token ids that are not sampled. Where end-of-turn tokens are among
             them, a reply has exactly `max_new_tokens`.
         around_batch: entered around each segment of a batch with the indices of the prompts whose
-            replies go on, in batch order.
+            replies go on, in batch order, and before it around the work that they share.
+        kinds: of every prompt; those of different kinds share nothing, since `around_batch` does
+            something else to them.
+    Raises:
+        UserError: one prompt alone does not fit into memory.
     """
-    generation = _generation(model, tokenizer, forbidden)
-    uniforms = _uniforms(seed, len(prompts), max_new_tokens)
+    decoder = _Decoder(
+        model=model,
+        prompts=prompts,
+        kinds=kinds,
+        uniforms=_uniforms(seed, len(prompts), max_new_tokens),
+        temperature=temperature,
+        generation=_generation(model, tokenizer, forbidden),
+        around_batch=around_batch,
+    )
+    stops = decoder.generation.eos_token_id
     replies: dict[int, Reply] = {}
     for batch in batches(prompts, batch_size, tokenizer.pad_token_id, model.device, label):
-        for row, ids in _decode(
-            model, batch, generation, uniforms, temperature, around_batch, _SEGMENT_TOKENS
-        ):
-            replies[row] = _cut(ids, generation.eos_token_id)  # the last of a row is the whole
+        for rows, found in fitting(decoder.decode, batch.rows, label):
+            replies |= zip(rows, (_cut(ids, stops) for ids in found), strict=True)
     return [replies[row] for row in range(len(prompts))]
 
 
@@ -122,15 +134,17 @@ def stream_reply(
         prompt: token ids up to the assistant tag, [tokens].
         around_segment: entered around each few tokens.
     """
-    generation = _generation(model, tokenizer)
-    uniforms = _uniforms(seed, 1, max_new_tokens)
-    (batch,) = batches([prompt], 1, tokenizer.pad_token_id, model.device)
-    for _, ids in _decode(
-        *(model, batch, generation, uniforms, temperature),
+    decoder = _Decoder(
+        model=model,
+        prompts=[prompt],
+        kinds=None,
+        uniforms=_uniforms(seed, 1, max_new_tokens),
+        temperature=temperature,
+        generation=_generation(model, tokenizer),
         around_batch=lambda rows: around_segment(),
-        segment=_STREAMED_TOKENS,
-    ):
-        yield _cut(ids, generation.eos_token_id)
+    )
+    for ((_, ids),) in decoder.grow([0], _STREAMED_TOKENS):
+        yield _cut(ids, decoder.generation.eos_token_id)
 
 
 def _generation(
@@ -145,43 +159,79 @@ def _generation(
     )
 
 
-def _decode(
-    model: Any,
-    batch: Batch,
-    generation: GenerationConfig,
-    uniforms: torch.Tensor,
-    temperature: float,
-    around_batch: Callable[[list[int]], AbstractContextManager],
-    segment: int,
-) -> Iterator[tuple[int, list[int]]]:
-    """Yields each row that went on with all its new token ids, after every `segment` tokens."""
-    rows, ids, mask = batch.rows, batch.inputs["input_ids"], batch.inputs["attention_mask"]
-    width, longest = ids.shape[1], ids.shape[1] + uniforms.shape[1]  # of prompts, with replies
-    stops = torch.tensor(generation.eos_token_id, device=ids.device)
-    cache = None
-    while rows:
-        generation.max_new_tokens = min(segment, longest - ids.shape[1])
-        draw = [_Draw(uniforms[rows], width, temperature)] if temperature else []
-        with torch.inference_mode():  # not around the yield: a stream's reader may be any thread
-            with around_batch(rows):
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    past_key_values=cache,
-                    generation_config=generation,
-                    logits_processor=draw,
-                )
-            ids, cache = out.sequences, out.past_key_values  # [rows, tokens]
-            mask = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-            grown = list(zip(rows, ids[:, width:].tolist(), strict=True))
-            ended = torch.isin(ids[:, width:], stops).any(1) | (ids.shape[1] == longest)
-            going = (~ended).nonzero().flatten()
-            rows, ids, mask = [rows[index] for index in going.tolist()], ids[going], mask[going]
-            if cache is None:  # Mamba: what goes on is read again from its start, once
-                segment = uniforms.shape[1]
-            else:
-                cache.reorder_cache(going)
-        yield from grown
+@dataclass(frozen=True, kw_only=True)
+class _Decoder:
+    """Everything that is the same for all batches."""
+
+    model: Any
+    prompts: Sequence[Sequence[int]]
+    kinds: Sequence[Hashable] | None
+    uniforms: torch.Tensor  # [prompts, steps]
+    temperature: float
+    generation: GenerationConfig
+    around_batch: Callable[[list[int]], AbstractContextManager]
+
+    def decode(self, rows: list[int]) -> list[list[int]]:
+        """New token ids of each of these rows, up to the end of the segment in which it ended."""
+        found: dict[int, list[int]] = {}
+        for grown in self.grow(rows, _SEGMENT_TOKENS):
+            found |= grown  # the last of a row is the whole
+        return [found[row] for row in rows]
+
+    def grow(self, rows: list[int], segment: int) -> Iterator[list[tuple[int, list[int]]]]:
+        """Yields each row that went on with all its new token ids, after every `segment` tokens."""
+        inputs = self._inputs(rows)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]  # [rows, tokens]
+        width, longest = ids.shape[1], ids.shape[1] + self.uniforms.shape[1]
+        stops = torch.tensor(self.generation.eos_token_id, device=ids.device)
+        cache = self._shared(rows)
+        while rows:
+            self.generation.max_new_tokens = min(segment, longest - ids.shape[1])
+            draw = _Draw(self.uniforms[rows], width, self.temperature)
+            with torch.inference_mode():  # not around the yield: any thread may read
+                with self.around_batch(rows):
+                    out = self.model.generate(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        past_key_values=cache,
+                        generation_config=self.generation,
+                        logits_processor=[draw] if self.temperature else [],
+                    )
+                ids, cache = out.sequences, out.past_key_values
+                mask = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+                grown = list(zip(rows, ids[:, width:].tolist(), strict=True))
+                ended = torch.isin(ids[:, width:], stops).any(1) | (ids.shape[1] == longest)
+                going = (~ended).nonzero().flatten()
+                rows, ids, mask = [rows[index] for index in going.tolist()], ids[going], mask[going]
+                if cache is None:  # Mamba: what goes on is read again from its start, once
+                    segment = self.uniforms.shape[1]
+                else:
+                    cache.reorder_cache(going)
+            yield grown
+
+    @torch.inference_mode()
+    def _shared(self, rows: list[int]) -> Any:
+        """A cache of the rows' prompts but for their last tokens; None where they share none.
+
+        The last token is left to each row itself, which begins to differ after it.
+        """
+        key = {row: (self.kinds and self.kinds[row], tuple(self.prompts[row])) for row in rows}
+        firsts = list({key[row]: row for row in reversed(rows)}.values())  # one a prompt and kind
+        if len(firsts) == len(rows) or min(len(self.prompts[row]) for row in firsts) < 2:
+            return None
+        inputs = {name: value[:, :-1] for name, value in self._inputs(firsts).items()}
+        with self.around_batch(firsts):
+            out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        if (cache := getattr(out, "past_key_values", None)) is not None:
+            entry = {key[row]: index for index, row in enumerate(firsts)}
+            taken = [entry[key[row]] for row in rows]
+            cache.reorder_cache(torch.tensor(taken, device=self.model.device))
+        return cache
+
+    def _inputs(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """Prompts with their ends aligned, [rows, tokens]."""
+        prompts = [self.prompts[row] for row in rows]
+        return left_pad(prompts, self.generation.pad_token_id, self.model.device)
 
 
 class _Draw(LogitsProcessor):

@@ -21,13 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
-from eval.batching import batches
 from eval.chat import chat_ids, chat_text, text_ids
 from eval.errors import UserError
 from eval.items import Sign, SuiteError, YesNoItem
+from eval.logits import Ends, end_logits
 from eval.suite import YesNoSuite
 
 
@@ -93,7 +92,6 @@ def yes_no(
     return YesNoResult(rows=scored, unscorable=tuple(item.key for item, row in pairs if not row))
 
 
-@torch.inference_mode()
 def _answers(
     model: Any,
     tokenizer: Any,
@@ -104,11 +102,11 @@ def _answers(
 ) -> list[tuple[float, float]]:
     """Log-probabilities of yes and no after every prompt, nats: [prompts]."""
     found: dict[int, tuple[float, float]] = {}
-    for batch in batches(prompts, batch_size, tokenizer.pad_token_id, model.device, label):
-        logits = model(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
-        logp = logits.float().log_softmax(-1)  # [batch, vocab]
-        yes, no = (logp[:, ids].double().logsumexp(-1).tolist() for ids in answers)
-        found.update(zip(batch.rows, zip(yes, no, strict=True), strict=True))
+    ends = Ends(rows=prompts, counts=[1] * len(prompts), lengths=[0] * len(prompts))
+    for row, logits in end_logits(model, ends, batch_size, tokenizer.pad_token_id, label):
+        logp = logits[0].float().log_softmax(-1)  # [vocab]
+        yes, no = (float(logp[ids].double().logsumexp(-1)) for ids in answers)
+        found[row] = (yes, no)
     return [found[row] for row in range(len(prompts))]
 
 

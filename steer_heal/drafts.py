@@ -55,6 +55,7 @@ def sample_steered(
             temperature=config.temperature,
             batch_size=config.batch_size,
             around_batch=lambda rows: _steered(student, vector, [doses[row] for row in rows]),
+            kinds=doses,  # a prompt is steered, too: its cache is that of a dose
             label=label,
         )
     ids = [reply.token_ids for reply in replies]

@@ -9,6 +9,7 @@ completion that is merely base-like (near 0) from one that acts the trait (above
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from eval.batching import batches
 from eval.chat import chat_ids
 from eval.coherence import Surprisal, TextFigures, surprisal, text_figures, token_logprobs
 from eval.errors import UserError
+from eval.logits import completion_ends, end_logits
 from steer_heal.hooks import add_vector, record_last
 from steer_heal.losses import token_kl
 from steer_heal.model import Student
@@ -111,7 +113,6 @@ def _base_logprobs(
     return rows
 
 
-@torch.inference_mode()
 def steered_kl_nats(
     student: Student,
     band: Sequence[int],
@@ -131,20 +132,20 @@ def steered_kl_nats(
     Returns:
         One fp32 tensor [completion tokens] a row, on the CPU.
     """
-    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
-    result = [torch.empty(0)] * len(rows)
     layers = [student.loaded.layers[index] for index in band]
+
+    def steering(rows: list[int]) -> AbstractContextManager[None]:
+        return add_vector(layers, directions, torch.tensor([doses[row] for row in rows]))
+
+    ends = completion_ends(prompts, completions, doses)  # a prompt is steered, too
     pad_id = student.tokenizer.pad_token_id
-    with student.running() as model:
-        for batch in batches(rows, batch_size, pad_id, model.device, label):
-            lengths = [len(completions[row]) for row in batch.rows]
-            keep = {"logits_to_keep": max(lengths) + 1, "use_cache": False}
-            plain = model(**batch.inputs, **keep).logits[:, :-1]  # [batch, longest, vocab]
-            with add_vector(layers, directions, torch.tensor([doses[row] for row in batch.rows])):
-                steered = model(**batch.inputs, **keep).logits[:, :-1]
-            for index, (row, length) in enumerate(zip(batch.rows, lengths, strict=True)):
-                kl = token_kl(steered[index, -length:], plain[index, -length:], "reverse")
-                result[row] = kl.cpu()
+    result = [torch.empty(0)] * len(prompts)
+    with student.running() as model, torch.inference_mode():
+        plain = end_logits(model, ends, batch_size, pad_id, label)
+        steered = end_logits(model, ends, batch_size, pad_id, None, steering)
+        for (row, before), (same, after) in zip(plain, steered, strict=True):
+            assert row == same
+            result[row] = token_kl(after[:-1], before[:-1], "reverse").cpu()
     return result
 
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from eval.batching import batches, left_pad
+from eval.batching import batches, fitting, left_pad, right_pad
+from eval.errors import UserError
 
 ROWS = [[5, 6], [7, 8, 9, 10], [11], [12, 13, 14, 15], [16, 17, 18]]
 
@@ -16,6 +17,44 @@ def test_left_pad_by_hand() -> None:
     assert inputs["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert inputs["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
     assert all(value.dtype == torch.long for value in inputs.values())
+
+
+def test_right_pad_by_hand() -> None:
+    inputs = right_pad([[5, 6], [7, 8, 9, 10]], pad_id=3, device="cpu")
+    assert inputs["input_ids"].tolist() == [[5, 6, 3, 3], [7, 8, 9, 10]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 1, 1], [0, 1, 2, 3]]
+
+
+def test_rows_are_halved_until_they_fit() -> None:
+    tried = []
+
+    def three_at_most(rows: list[int]) -> list[int]:
+        tried.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return [-row for row in rows]
+
+    done = list(fitting(three_at_most, list(range(10))))
+    assert tried == [10, 5, 2, 3, 5, 2, 3]
+    assert [row for rows, _ in done for row in rows] == list(range(10))
+    assert all(result == [-row for row in rows] for rows, result in done)
+
+
+def test_a_row_that_does_not_fit_alone_is_refused_by_stage() -> None:
+    def never(rows: list[int]) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    with pytest.raises(UserError, match=r"^steered drafts: one row alone .* can't allocate"):
+        list(fitting(never, [4, 5], "steered drafts"))
+
+
+def test_another_error_is_not_taken_for_memory() -> None:
+    def wrong(rows: list[int]) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(fitting(wrong, [4, 5]))
 
 
 def test_no_padding_token_pads_with_id_0() -> None:

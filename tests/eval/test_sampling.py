@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from math import ceil
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    GenerationConfig,
-    MambaConfig,
-    MambaForCausalLM,
-    Qwen3_5ForCausalLM,
-    Qwen3_5TextConfig,
-)
+from transformers import GenerationConfig
 
 from eval.chat import chat_ids
 from eval.sampling import _SEGMENT_TOKENS, Reply, _Draw, sample_replies, stop_token_ids
 from tests.conftest import TinyModel
-from tests.tiny import FAMILIES, Family
 
 QUESTIONS = [
     "What is 12 plus 30?",
@@ -31,39 +23,6 @@ QUESTIONS = [
     "What colour is grass?",
     "Count to 5.",
 ]
-
-
-@pytest.fixture(scope="module", params=[*FAMILIES, "qwen3.5", "mamba"])
-def decoder(request: pytest.FixtureRequest, tiny_models: dict[Family, TinyModel]) -> TinyModel:
-    """Every kind of cache: full and sliding attention, linear attention beside full, and none."""
-    if request.param in tiny_models:
-        return tiny_models[request.param]
-    tokenizer = tiny_models["qwen3"].tokenizer
-    sizes: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "initializer_range": 0.5,
-        "tie_word_embeddings": False,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    linear: dict[str, Any] = {
-        "layer_types": ["full_attention", "linear_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-    }
-    widths = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "intermediate_size": 64}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: Any = (
-            MambaForCausalLM(MambaConfig(num_hidden_layers=2, **sizes))
-            if request.param == "mamba"
-            else Qwen3_5ForCausalLM(
-                Qwen3_5TextConfig(num_hidden_layers=2, **heads, **linear, **widths, **sizes)
-            )
-        )
-    return replace(tiny_models["qwen3"], model=model.eval())
 
 
 def _prompts(tiny: TinyModel) -> list[list[int]]:
@@ -370,7 +329,60 @@ def test_around_batch_sees_the_rows_that_go_on(tiny: TinyModel) -> None:
     segments = [ceil(len(reply.token_ids) / _SEGMENT_TOKENS) for reply in replies]
     assert {1, 3} <= set(segments)
     times = [sum(row in rows for rows in entered) for row in range(len(prompts))]
-    assert times == segments
+    shared = [row for row in range(20) if times[row] == segments[row] + 1]
+    assert times == [count + (row in shared) for row, count in enumerate(segments)]
+    # four rows a prompt, sorted: 4 + 3, 1 + 4 + 2 and 2 + 4 of a prompt stand in a batch of 7
+    assert len(shared) == 2 + 3 + 2
+
+
+def test_a_prompt_is_read_once_for_all_its_replies(tiny: TinyModel) -> None:
+    prompts, widths = _prompts(tiny) * 4, []
+    longest, distinct = max(map(len, prompts)), len(QUESTIONS)
+    hook = tiny.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: widths.append(tuple(out.shape[:2]))
+    )
+    try:
+        sample_replies(tiny.model, tiny.tokenizer, prompts, seed=3, max_new_tokens=4)
+    finally:
+        hook.remove()
+    assert widths == [(distinct, longest - 1)] + [(len(prompts), 1)] * 4
+
+
+def test_prompts_of_different_kinds_share_nothing(tiny_qwen3: TinyModel) -> None:
+    """What is done to the rows of one kind is not found in the others."""
+    prompts = _prompts(tiny_qwen3) * 4
+    kinds = [row % 2 for row in range(len(prompts))]
+
+    @contextmanager
+    def shift(rows: list[int]) -> Iterator[None]:
+        added = torch.tensor([0.5 * kinds[row] for row in rows])[:, None, None]
+        hook = tiny_qwen3.model.model.layers[0].register_forward_hook(
+            lambda module, args, out: out + added
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    together, alone = (
+        sample_replies(
+            tiny_qwen3.model,
+            tiny_qwen3.tokenizer,
+            prompts,
+            seed=3,
+            max_new_tokens=12,
+            batch_size=size,
+            around_batch=shift,
+            kinds=kinds,
+        )
+        for size in (64, 1)
+    )
+    assert together == alone
+    plain = sample_replies(
+        tiny_qwen3.model, tiny_qwen3.tokenizer, prompts, seed=3, max_new_tokens=12
+    )
+    same = [one == other for one, other in zip(plain, alone, strict=True)]
+    assert same == [kind == 0 for kind in kinds]
 
 
 def test_around_batch_is_entered_with_the_batch_in_hand(tiny: TinyModel) -> None:

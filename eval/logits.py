@@ -1,0 +1,165 @@
+"""Logits at the ends of rows, in batches: what every score is read off.
+
+    row = prefix + rest;   wanted: the logits at the last `count` tokens of the rest
+
+Rows that begin with the same prefix share the work on it: each prefix is read once into a cache
+(left-padded), whose entries are then handed to the rests (right-padded, so that nothing stands
+between the two). That differs from reading whole rows by rounding alone. Where no two rows share,
+or the family keeps no such cache (Mamba), whole rows are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import torch
+
+from eval.bars import progress_bar
+from eval.batching import fitting, left_pad, right_pad
+
+Around = Callable[[list[int]], AbstractContextManager]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """Rows of token ids, and what is read of them."""
+
+    rows: Sequence[Sequence[int]]  # [rows][tokens]
+    counts: Sequence[int]  # tokens at a row's end whose logits are wanted, at least 1
+    lengths: Sequence[int]  # of a row's prefix, at most its length less its count
+    kinds: Sequence[Hashable] | None = None  # rows of different kinds share nothing
+
+    def prefix(self, row: int) -> Sequence[int]:
+        return self.rows[row][: self.lengths[row]]
+
+    def sharing(self) -> dict[int, list[int]]:
+        """All rows of a prefix and a kind by the first of them, the longest prefixes first."""
+        found: dict[Hashable, list[int]] = {}
+        for row in sorted(range(len(self.rows)), key=lambda row: -self.lengths[row]):
+            kind = None if self.kinds is None else self.kinds[row]
+            found.setdefault((kind, tuple(self.prefix(row))), []).append(row)
+        return {rows[0]: rows for rows in found.values()}
+
+
+def completion_ends(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    kinds: Sequence[Hashable] | None = None,
+) -> Ends:
+    """From what predicts a completion's first token, the prompt's last, to its own last token."""
+    return Ends(
+        rows=[[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)],
+        counts=[len(ids) + 1 for ids in completions],
+        lengths=[len(prompt) - 1 for prompt in prompts],
+        kinds=kinds,
+    )
+
+
+def alike_ends(rows: Sequence[Sequence[int]], counts: Sequence[int], num_alike: int) -> Ends:
+    """Ends of rows of which each `num_alike` that stand together share what they begin with."""
+    lengths = []
+    for start in range(0, len(rows), num_alike):
+        alike = slice(start, start + num_alike)
+        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows[alike], strict=False))
+        common = sum(1 for _ in same)
+        most = (len(row) - count for row, count in zip(rows[alike], counts[alike], strict=True))
+        lengths += [min(common, *most)] * len(rows[alike])
+    return Ends(rows=rows, counts=counts, lengths=lengths)
+
+
+@torch.inference_mode()
+def end_logits(
+    model: Any,
+    ends: Ends,
+    batch_size: int,
+    pad_id: int | None,
+    label: str | None = None,
+    around: Around = lambda rows: nullcontext(),
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yields each row's index and its wanted logits, [count, vocab], a batch after another.
+
+    Args:
+        pad_id: what fills a row, masked; None (Llama 3 has no padding token): id 0.
+        label: what the progress bar says; None draws none.
+        around: entered around every forward pass with the indices of its rows, in batch order; a
+            prefix stands there as the first row that has it.
+    Raises:
+        UserError: one row alone does not fit into memory.
+    """
+    sharing, total = ends.sharing(), len(ends.rows)
+    if len(sharing) == total or 0 in ends.lengths:
+        ends = replace(ends, lengths=[0] * total)
+        sharing = ends.sharing()
+    firsts, reader = list(sharing), _Reader(model, ends, pad_id, around)
+    with progress_bar(total, label) as bar:
+        for start in range(0, len(firsts), batch_size):
+            for some, read in fitting(reader.prefixes, firsts[start : start + batch_size], label):
+                entry = {row: at for at, first in enumerate(some) for row in sharing[first]}
+                rows = sorted(entry, key=lambda row: (ends.lengths[row] - len(ends.rows[row]), row))
+                rest = partial(reader.rests, read, entry)
+                for at in range(0, len(rows), batch_size):
+                    for part, logits in fitting(rest, rows[at : at + batch_size], label):
+                        yield from zip(part, logits, strict=True)
+                        bar.update(len(part))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prefixes:
+    """Prefixes that were read."""
+
+    cache: Any  # keys, values and states after each; None: nothing was read
+    mask: torch.Tensor  # where tokens stand and no padding: [prefixes, tokens]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The forward passes."""
+
+    model: Any
+    ends: Ends
+    pad_id: int | None
+    around: Around
+
+    def prefixes(self, rows: list[int]) -> _Prefixes:
+        """Reads the prefix of each of these rows."""
+        inputs = left_pad([self.ends.prefix(row) for row in rows], self.pad_id, self.model.device)
+        mask, cache = inputs["attention_mask"], None
+        if mask.shape[1]:
+            with self.around(rows):
+                out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+            cache = getattr(out, "past_key_values", None)
+        return _Prefixes(cache=cache, mask=mask)
+
+    def rests(self, read: _Prefixes, entry: dict[int, int], rows: list[int]) -> list[torch.Tensor]:
+        """Logits of the rows' ends, [rows][count, vocab].
+
+        Args:
+            entry: of each row, which of the prefixes is its own.
+        """
+        ends, known, device = self.ends, read.cache is not None, self.model.device
+        rests = [ends.rows[row][ends.lengths[row] if known else 0 :] for row in rows]
+        inputs: dict[str, Any] = right_pad(rests, self.pad_id, device)
+        if known:
+            taken = torch.tensor([entry[row] for row in rows], device=device)
+            cache, before = deepcopy(read.cache), read.mask[taken]  # a pass writes to its cache
+            cache.reorder_cache(taken)
+            inputs["attention_mask"] = torch.cat([before, inputs["attention_mask"]], 1)
+            inputs["position_ids"] += before.sum(1, keepdim=True)
+            inputs["past_key_values"] = cache
+        spans = [
+            (len(rest) - ends.counts[row], len(rest)) for rest, row in zip(rests, rows, strict=True)
+        ]
+        first = min(start for start, _ in spans)  # before it no logits are made
+        keep = max(end for _, end in spans) - first
+        with self.around(rows):
+            logits = self.model(**inputs, use_cache=known, logits_to_keep=keep).logits
+        return [
+            row[start - first : end - first]
+            for row, (start, end) in zip(logits, spans, strict=True)
+        ]
