@@ -16,12 +16,12 @@ from eval.forced_choice import digit_ids
 from eval.sampling import stop_token_ids
 from eval.suite import ForcedChoiceSuite, load_suite
 from steer_heal.case import TEXTS, Case, Finding
+from steer_heal.head import completion_logits
 from steer_heal.hooks import add_vector
 from steer_heal.memory import estimate_memory
 from steer_heal.model import num_millions
 from steer_heal.reach import EXPERTS, has_fused_experts
 from steer_heal.stack import attach, detach, lora_config, only
-from steer_heal.trainer import completion_logits
 
 _TEMPLATE_TOKENS = 64  # of markers, and a default system prompt, around a prompt
 _SLOW_LAYERS = ("linear_attention", "mamba")

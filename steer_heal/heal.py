@@ -40,6 +40,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from loguru import logger
 from torch import nn
@@ -92,7 +93,8 @@ def heal(
     Args:
         reference: names of the earlier adapters that act in what the barrier holds the student to.
     Raises:
-        UserError: the loss is not finite, or the adapter did not move.
+        UserError: the loss is not finite, the adapter did not move, or a step does not fit into
+            memory.
     """
     loaded = student.loaded
     layers = student.band(config.layers)
@@ -136,8 +138,8 @@ def _train(
     with tempfile.TemporaryDirectory() as scratch, _put_back(model), StepLog() as log:
         trainer = HealTrainer(
             model=model,
-            args=_arguments(config, len(student.adapters), model, scratch, seed),
-            train_dataset=_dataset(kept),
+            args=sft_arguments(config, len(student.adapters), model, scratch, seed),
+            train_dataset=sft_rows(kept),
             processing_class=student.tokenizer,
             data_collator=DoseCollator(student.tokenizer.pad_token_id),
             callbacks=[log],
@@ -154,7 +156,8 @@ def _train(
             )
         trained = {key for key, p in model.named_parameters() if p.requires_grad}
         assert trained and all(f".{name}." in key for key in trained), "history is trainable"
-        trainer.train()
+        with _fitting(config):
+            trainer.train()
     records = zip(trainer.records, log.rows, strict=True)
     steps = tuple(TrainStep(step=step, **rec, **row) for step, (rec, row) in enumerate(records))
     share = sum(step.share_over > 0 for step in steps) / len(steps)
@@ -166,9 +169,30 @@ def _train(
     return steps
 
 
-def _arguments(
+@contextmanager
+def _fitting(config: HealConfig) -> Iterator[None]:
+    """Says what to reduce where a step does not fit: half a step would be another step."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise UserError(
+            f"heal: a step of {config.batch_size} completions does not fit into memory "
+            f"({str(error).splitlines()[0]}): take a smaller heal.batch_size, or shorter "
+            "completions (generate.max_new_tokens)"
+        ) from error
+
+
+def sft_arguments(
     config: HealConfig, num_earlier: int, model: Any, scratch: str, seed: int
 ) -> SFTConfig:
+    """What TRL's trainer is told; all of it but the losses' own settings.
+
+    Args:
+        num_earlier: rounds before this one.
+        scratch: a folder that it may write to.
+    """
     return SFTConfig(
         output_dir=scratch,
         num_train_epochs=config.epochs,
@@ -194,7 +218,7 @@ def _arguments(
     )
 
 
-def _dataset(kept: Screened) -> Dataset:
+def sft_rows(kept: Screened) -> Dataset:
     """Rows of token ids as they were sampled, never re-tokenised; the prompt carries no loss."""
     return Dataset.from_list(
         [

@@ -6,7 +6,7 @@
     score  = 2 * rows * new tokens * vocabulary * bytes     (logits with and without the vector)
     heal   = 16 * adapter parameters           (weights, gradients, two moments, fp32)
            + rows * tokens * layers * (14 * hidden + 5 * intermediate) * bytes      (activations)
-           + 32 * rows * new tokens * vocabulary       (eight fp32 tensors the size of the logits)
+           + 32 * min(rows * new tokens * vocabulary, a chunk)      (eight fp32 tensors of logits)
 
 On a GPU, where activations are checkpointed, a layer keeps `hidden` alone, and one layer its all.
 It does not count what a forward pass holds for a moment, other processes, or what the allocator
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from steer_heal.config import GenerateConfig, HealConfig
+from steer_heal.head import CHUNK_LOGITS
 from steer_heal.model import Student
 
 GIB = 1024**3
@@ -89,7 +90,9 @@ def estimate_memory(
         parameters=sum(p.numel() * p.element_size() for p in model.parameters()),
         draft=rows * (tokens * 2 * heads * head * cached * width + vocab * 24),
         score=2 * rows * logits * width,
-        heal=16 * adapter + heal.batch_size * (tokens * kept * width + 32 * logits),
+        heal=16 * adapter
+        + heal.batch_size * tokens * kept * width
+        + 32 * min(heal.batch_size * logits, CHUNK_LOGITS),
         device_total=_device_total(model.device),
     )
 

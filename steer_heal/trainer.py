@@ -3,7 +3,7 @@
 Three passes through the same modules, told apart by what acts: the student (all adapters), the
 reference (those of earlier rounds, or none) and the teacher (those of earlier rounds, and the
 steering vector at the dose that a row was sampled with, then guided away from the same without
-the vector). Logits are computed at completion positions only.
+the vector). Logits are computed at completion positions only, a chunk of them at a time.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from eval.bars import progress_bar
 from eval.errors import UserError
 from steer_heal.config import HealConfig
+from steer_heal.head import CHUNK_LOGITS, completion_states, over_chunks, project
 from steer_heal.hooks import add_vector
 from steer_heal.losses import (
     auto_threshold,
@@ -97,12 +98,17 @@ class HealTrainer(SFTTrainer):
         heal = self.heal
         labels, mask = _targets(inputs)
         with self.accelerator.autocast():
-            student = self._logits(model, inputs, mask)  # [N, V]
-        reference = self._reference_logits(model, inputs, mask)  # [N, V]
+            student = completion_states(model, inputs, mask)  # [N, hidden]
+        reference = self._reference_states(model, inputs, mask)
+        steered, plain = None, None
+        if heal.soft_weight != 0:
+            steered, plain = self._teacher_states(model, inputs, mask)
+        states = (student, reference, steered, plain, labels[mask])
+        chunks = over_chunks(self._token_losses, states, self._chunk_size())
         tokens = num_items_in_batch if num_items_in_batch is not None else mask.sum()
-        nll = F.cross_entropy(student, labels[mask], reduction="sum") / tokens
-        soft = self._soft(model, inputs, mask, student, reference) / tokens
-        divergence = self._divergence(student, reference, mask)  # [R]
+        nll = torch.stack([chunk[0] for chunk in chunks]).sum() / tokens
+        soft = torch.stack([chunk[1] for chunk in chunks]).sum() / tokens
+        divergence = self._divergence(torch.cat([chunk[2] for chunk in chunks]), mask)  # [R]
         over = barrier(divergence, self.threshold_nats)
         spectral = self._spectral()
         taught = heal.nll_weight * nll + heal.soft_weight * soft
@@ -120,25 +126,37 @@ class HealTrainer(SFTTrainer):
         self.records[-1]["barrier_gradient_ratio"] = self._gradient_ratio(barred, taught)
         return (loss, None) if return_outputs else loss
 
-    def _soft(
+    def _token_losses(
         self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        mask: torch.Tensor,
         student: torch.Tensor,
         reference: torch.Tensor,
-    ) -> torch.Tensor:
-        """Sum over completion tokens of KL(guided teacher || student), nats: []."""
-        if self.heal.soft_weight == 0:
-            return student.new_zeros(())
-        teacher = self._teacher_logits(model, inputs, mask, reference)
-        return token_kl(student, teacher, "forward").sum()
+        steered: torch.Tensor | None,
+        plain: torch.Tensor | None,
+        labels: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """From hidden states [N, hidden]: sums of nll and soft targets, nats; divergence: [N]."""
+        logits, held_to = self._logits(student), self._logits(reference)  # [N, V]
+        nll = F.cross_entropy(logits, labels, reduction="sum")
+        soft = logits.new_zeros(())
+        if steered is not None:
+            teacher = self._guided(held_to, steered, plain)
+            soft = token_kl(logits, teacher, "forward").sum()
+        return nll, soft, token_kl(logits, held_to, self.heal.barrier_direction)
 
-    def _divergence(
-        self, student: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor
+    def _guided(
+        self, held_to: torch.Tensor, steered: torch.Tensor, plain: torch.Tensor | None
     ) -> torch.Tensor:
-        """A row's aggregate divergence, nats: [R]."""
-        kl = token_kl(student, reference, self.heal.barrier_direction)  # [N]
+        """The guided teacher's log-probabilities: [N, V].
+
+        Args:
+            held_to: logits of the reference.
+            steered, plain: hidden states; plain is None where the reference is the same model.
+        """
+        beside = held_to if plain is None else self._logits(plain)
+        return guided(self._logits(steered), beside, self.heal.guidance)
+
+    def _divergence(self, kl: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """A row's aggregate divergence, nats: [N] -> [R]."""
         return row_divergence(kl, mask.sum(1).tolist(), self.heal.barrier_aggregate)
 
     def _spectral(self) -> torch.Tensor:
@@ -156,44 +174,56 @@ class HealTrainer(SFTTrainer):
         for start in range(0, len(rows), size):
             inputs = self._prepare_inputs(self.data_collator(rows[start : start + size]))
             _, mask = _targets(inputs)
-            reference = self._reference_logits(self.model, inputs, mask)
-            teacher = self._teacher_logits(self.model, inputs, mask, reference)
-            found.append(self._divergence(teacher, reference, mask))
+            reference = self._reference_states(self.model, inputs, mask)
+            states = (reference, *self._teacher_states(self.model, inputs, mask))
+            chunks = over_chunks(self._teacher_kl, states, self._chunk_size())
+            kl = torch.cat([chunk for (chunk,) in chunks])
+            found.append(self._divergence(kl, mask))
         return torch.cat(found)
 
-    @torch.no_grad()
-    def _reference_logits(
-        self, model: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor
-    ) -> torch.Tensor:
-        """[N, V]."""
-        inner = self.accelerator.unwrap_model(self.model)
-        with only(inner, self.reference), self.accelerator.autocast():
-            return self._logits(model, inputs, mask)
+    def _teacher_kl(
+        self, reference: torch.Tensor, steered: torch.Tensor, plain: torch.Tensor | None
+    ) -> tuple[torch.Tensor]:
+        """From hidden states [N, hidden]: the teacher's divergence from the reference, [N]."""
+        held_to = self._logits(reference)
+        teacher = self._guided(held_to, steered, plain)
+        return (token_kl(teacher, held_to, self.heal.barrier_direction),)
 
     @torch.no_grad()
-    def _teacher_logits(
-        self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        mask: torch.Tensor,
-        reference: torch.Tensor,
+    def _reference_states(
+        self, model: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor
     ) -> torch.Tensor:
-        """Of the guided teacher, each row at its own dose: [N, V]."""
+        """[N, hidden]."""
+        inner = self.accelerator.unwrap_model(self.model)
+        with only(inner, self.reference), self.accelerator.autocast():
+            return completion_states(model, inputs, mask)
+
+    @torch.no_grad()
+    def _teacher_states(
+        self, model: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Steered, each row at its own dose, and without the vector: [N, hidden] each.
+
+        None for the latter where the reference is the same model.
+        """
         inner, teacher = self.accelerator.unwrap_model(self.model), self.teacher
         vector = add_vector(teacher.layers, teacher.directions, inputs["dose"])
         with only(inner, teacher.adapters), self.accelerator.autocast():
             known = self.reference == teacher.adapters
-            plain = reference if known else self._logits(model, inputs, mask)  # [N, V]
+            plain = None if known else completion_states(model, inputs, mask)
             with vector:
-                steered = self._logits(model, inputs, mask)  # [N, V]
-        return guided(steered, plain, self.heal.guidance)
+                return completion_states(model, inputs, mask), plain
 
-    def _logits(
-        self, model: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor
-    ) -> torch.Tensor:
-        """fp32 logits at the positions that predict a completion token: [N, V]."""
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        """fp32, [N, hidden] -> [N, V]."""
         inner = self.accelerator.unwrap_model(self.model).get_base_model()
-        return completion_logits(model, inner, inputs, mask)
+        with self.accelerator.autocast():
+            return project(inner, states).float()
+
+    def _chunk_size(self) -> int:
+        """Positions whose logits are in memory at a time."""
+        model: Any = self.model
+        return max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
 
     def _gradient_ratio(self, barred: torch.Tensor, taught: torch.Tensor) -> float | None:
         """L2 norm of the barrier's gradient over that of what is taught, both weighted.
@@ -258,42 +288,3 @@ def _targets(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
 
 def _norm(gradients: Sequence[torch.Tensor]) -> float:
     return float(torch.stack([gradient.norm() for gradient in gradients]).norm())
-
-
-def completion_logits(
-    model: Any, base: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor
-) -> torch.Tensor:
-    """fp32 logits at chosen positions only; no others are ever made: [N, V].
-
-    Args:
-        model: what is called, with whatever is wrapped around it.
-        base: the causal LM inside, whose head projects.
-        inputs: input_ids and attention_mask, [rows, tokens] both.
-        mask: where to, [rows, tokens - 1]: the last position predicts nothing that is known.
-    """
-    out = model(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        use_cache=False,
-        output_hidden_states=[-1],  # after the final norm
-        logits_to_keep=1,
-    )
-    return project(base, out.hidden_states[-1][:, :-1][mask]).float()
-
-
-def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits from hidden states after the final norm, with the family's own scale and soft cap."""
-    config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)
-    scales = (getattr(config, key, None) for key in _SCALES)
-    scale = next((value for value in scales if value is not None), None)
-    if scale is None and getattr(config, "logits_scaling", None) is not None:
-        inverse = config.model_type != "hyperclovax"  # Granite and MiniCPM3 divide by it
-        scale = 1 / config.logits_scaling if inverse else config.logits_scaling
-    if scale is not None:
-        logits = logits * scale
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")

@@ -216,6 +216,24 @@ def test_the_student_is_left_as_it_was_when_the_loss_is_not_finite(
     assert_same_state(before, state(student.loaded.model))
 
 
+def test_a_step_that_does_not_fit_says_what_to_reduce_and_leaves_the_student_as_it_was(
+    tiny_qwen3: TinyModel,
+) -> None:
+    student = loaded(tiny_qwen3, 1)
+    before = state(student.loaded.model)
+
+    def full(module: Any, args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    hook = student.loaded.layers[1].register_forward_pre_hook(full)
+    try:
+        with pytest.raises(UserError, match=r"a step of 4 .* smaller heal\.batch_size"):
+            heal(student, kept(student), vector(student), student.names, config(), "r01", seed=0)
+    finally:
+        hook.remove()
+    assert_same_state(before, state(student.loaded.model))
+
+
 def test_the_adapter_moved_and_makes_the_completions_likelier(tiny: TinyModel) -> None:
     student = loaded(tiny, 1)
     rows = kept(student)
@@ -540,6 +558,32 @@ def test_every_kind_of_barrier_on_a_history_of_two(
     loss = 1.3 * first.nll_nats + 0.7 * first.barrier_nats
     assert first.loss == pytest.approx(loss, rel=1e-5)
     assert len(steps) == 2 and all(math.isfinite(step.loss) for step in steps)
+
+
+@pytest.mark.parametrize(("reference", "threshold"), [("previous", "auto"), ("base", 0.0)])
+def test_chunks_of_positions_change_nothing(
+    tiny_gemma3: TinyModel,
+    reference: str,
+    threshold: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor in the automatic threshold and the ratio of the gradients, which go through them too."""
+    changes = config(soft_weight=1, barrier_threshold_nats=threshold, barrier_weight=1)
+    found = []
+    for tokens in (10**6, 7):  # whose logits are in memory at a time
+        student = loaded(tiny_gemma3, 1)
+        vocabulary = student.loaded.model.config.get_text_config().vocab_size
+        monkeypatch.setattr("steer_heal.trainer.CHUNK_LOGITS", tokens * vocabulary)
+        held = names(student, reference)
+        found.append(heal(student, kept(student), vector(student), held, changes, "r01", 3))
+    whole, chunked = found
+    for key, value in whole.weights.items():
+        torch.testing.assert_close(chunked.weights[key], value, rtol=2e-3, atol=2e-5)
+    for one, other in zip(whole.steps, chunked.steps, strict=True):
+        known = {key: value for key, value in one.model_dump().items() if value is not None}
+        again = {key: value for key, value in other.model_dump().items() if value is not None}
+        assert again == pytest.approx(known, rel=1e-3, abs=1e-5)
+    assert threshold == "auto" or whole.steps[0].barrier_gradient_ratio is not None
 
 
 def test_a_step_in_mid_training_against_its_recomputation(tiny_llama: TinyModel) -> None:

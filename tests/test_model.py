@@ -31,6 +31,7 @@ from transformers import (
 
 from eval.errors import UserError
 from eval.loading import weights_hash
+from steer_heal.head import project
 from steer_heal.model import (
     decoder_layers,
     layer_band,
@@ -38,7 +39,6 @@ from steer_heal.model import (
     load_student,
     resolve_model,
 )
-from steer_heal.trainer import project
 from tests.conftest import TinyModel
 from tests.test_stack import random_adapter
 
