@@ -97,3 +97,8 @@ organism *ARGS: setup
 [no-exit-message]
 bench *ARGS: setup
     @{{bin}}/steer-heal bench "$@"
+
+# speed as ratios measured side by side, some minutes, written to docs/BENCH.md: just speed [--repeats 3]
+[no-exit-message]
+speed *ARGS: setup
+    @{{bin}}/python -m steer_heal.speed "$@"

@@ -70,7 +70,7 @@ class Run(Stages):
                 ends the run.
         """
         first, reason = len(self.done_rounds()), why_stop()
-        start, before = time.monotonic(), self.spent_s
+        start, before = time.monotonic(), sum(self.spent_s.values())
         for index in range(first, total):
             if reason is not None:
                 break
@@ -79,11 +79,14 @@ class Run(Stages):
                 following.path.mkdir(parents=True, exist_ok=True)
             yield following
             reason = why_stop()
-            once_s = self.spent_s - before  # the run's own stages do not come again
+            once_s = sum(self.spent_s.values()) - before  # its own stages do not come again
             taken = (time.monotonic() - start - once_s) / (index + 1 - first)
             left_s = taken * (total - 1 - index) if reason is None else 0.0
+            logger.info("{} took {}", following.label, following.by_stage())
             each = f"{index + 1} of {total} rounds done, {duration_text(taken)} each"
             logger.info("{}", f"{each}, about {duration_text(left_s)} to go" if left_s else each)
+        if self.spent_s:
+            logger.info("{} itself took {}", self.label, self.by_stage())
         if reason is not None or first >= total:
             num_done = len(self.done_rounds())
             further = reason or f"N={num_done + 1} goes further"

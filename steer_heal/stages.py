@@ -78,7 +78,7 @@ class Stages:
         self.label = label  # how messages call it
         self.cache = cache  # of stages that other runs have made already
         self._seed_path = seed_path
-        self.spent_s = 0.0  # wall time that its stages took in this process
+        self.spent_s: dict[str, float] = {}  # wall time of each stage that ran in this process
 
     def seed(self, stage: str) -> int:
         """Seed of a stage's draws, from (run, round, stage): 31 bits."""
@@ -96,7 +96,7 @@ class Stages:
             else:
                 logger.info("{}: {}", self.label, name)
                 self._write(kind, stage(*inputs), fingerprint)
-            self.spent_s += time.monotonic() - start
+            self.spent_s[name] = time.monotonic() - start
         elif recorded.inputs != fingerprint:
             raise UserError(
                 f"{self.path / kind.files[0]} was made from other inputs than this run would give "
@@ -104,6 +104,13 @@ class Stages:
                 "run with run=NAME, or take the old files away"
             )
         return self.read(kind)
+
+    def by_stage(self) -> str:
+        """Where the time went, the longest first, as `drafts 8.1 s (45 %), eval 6.0 s (33 %)`."""
+        whole = sum(self.spent_s.values())
+        longest = sorted(self.spent_s.items(), key=lambda item: -item[1])
+        shares = [f"{name} {spent:.1f} s ({spent / whole:.0%})" for name, spent in longest]
+        return ", ".join(shares) or "no time: all its stages were there"
 
     def read(self, kind: type[Value]) -> Value:
         """A recorded artifact, checked against its recorded hashes.

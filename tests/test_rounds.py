@@ -278,6 +278,28 @@ def test_the_time_to_go_leaves_out_what_comes_once(tmp_path: Path) -> None:
     (line,) = [each for each in said if each.startswith("1 of 2 rounds done")]
     each, to_go = (int(number) for number in re.findall(r"(\d+) s\b", line))
     assert each < 2 and to_go < 2  # the two seconds of the run's own stage are not in it
+    (own,) = [each for each in said if "itself took" in each]
+    assert re.search(r"itself took limits 2\.\d s \(100%\)$", own.strip())
+
+
+def test_where_the_time_went_is_said_by_stage_the_longest_first(tmp_path: Path) -> None:
+    round = Run(tmp_path, 0).round(0)
+    round.path.mkdir()
+
+    def slow() -> Limits:
+        time.sleep(0.3)
+        return Counter()()
+
+    assert round.by_stage() == "no time: all its stages were there"
+    round.once(Limits, slow)
+    round.spent_s["drafts"] = round.spent_s["limits"] / 3
+    shares = re.fullmatch(
+        r"limits 0\.[34] s \((\d+)%\), drafts 0\.1 s \((\d+)%\)", round.by_stage()
+    )
+    assert shares is not None and shares.groups() == ("75", "25")
+    again = Run(tmp_path, 0).round(0)
+    again.once(Limits, slow)
+    assert again.spent_s == {}
 
 
 def test_no_round_follows_once_there_is_a_reason(tmp_path: Path) -> None:
