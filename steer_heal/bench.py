@@ -1,7 +1,8 @@
 """Measures the main job: three rounds on each of three seeds, each in a process of its own.
 
-Every row of the table is read from the run's own files; wall time and peak memory are of the
-process that made it.
+Every row of the table is read from the run's own files, what is healed and steered from those of
+its best round, which is what export takes (the last round where none is coherent); wall time and
+peak memory are of the process that made it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from steer_heal.artifacts import ReplyRow
 from steer_heal.config import resolve_config
 from steer_heal.manifest import run_path
 from steer_heal.saved import SavedRun, condition_figures, prompt_means, read_saved_run
+from steer_heal.summary import summarise
 
 
 class BenchRow(BaseModel):
@@ -31,13 +33,14 @@ class BenchRow(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int
+    best_round: int  # from 1
     wall_s: float
     peak_memory_gib: float  # of this process or an earlier seed's, whichever was larger
     enacted_base: Interval  # shares of held-out replies, 0 to 1
     enacted_prompted: Interval
     enacted_engineered: Interval
     enacted_random: tuple[float, ...]  # a value a direction
-    enacted_steered: Interval  # of the last round
+    enacted_steered: Interval
     enacted_healed: Interval
     healed_minus_prompted: Interval  # paired
     authority_shift_prompted: Interval  # nats, from base
@@ -49,7 +52,7 @@ class BenchRow(BaseModel):
     selectivity_prompted: Interval  # nats
     selectivity_healed: Interval
     selectivity_healed_minus_prompted: Interval  # paired
-    internalised: float  # -1 to 1, of the last round
+    internalised: float  # -1 to 1
     pmass_of_base: float
     tail_nats_base: float  # median over replies, nats a token
     tail_nats_healed: float
@@ -81,13 +84,15 @@ def _measure(folder: Path, seed: int, settings: list[str]) -> BenchRow:
 
 
 def _row(seed: int, wall_s: float, peak_gib: float, run: SavedRun) -> BenchRow:
-    controls, last = run.controls, run.rounds[-1].evaluation
+    best = summarise(run).best
+    number = best.number if best is not None else len(run.rounds)
+    controls, chosen = run.controls, run.rounds[number - 1].evaluation
     rows = {
         "base": controls.base,
         "prompted": controls.prompted,
         "engineered": controls.engineered,
-        "steered": last.steered,
-        "healed": last.healed,
+        "steered": chosen.steered,
+        "healed": chosen.healed,
     }
     of = {
         name: condition_figures(name, each, rows["base"], run.trait) for name, each in rows.items()
@@ -100,6 +105,7 @@ def _row(seed: int, wall_s: float, peak_gib: float, run: SavedRun) -> BenchRow:
     moved = {name: figures.shifts["authority"] for name, figures in of.items() if name != "base"}
     return BenchRow(
         seed=seed,
+        best_round=number,
         wall_s=wall_s,
         peak_memory_gib=peak_gib,
         **{f"enacted_{name}": figures.enacted for name, figures in of.items()},
@@ -113,7 +119,7 @@ def _row(seed: int, wall_s: float, peak_gib: float, run: SavedRun) -> BenchRow:
         selectivity_healed_minus_prompted=selectivity_difference(
             healed, prompted, run.trait.intended
         ),
-        internalised=last.internalised,
+        internalised=chosen.internalised,
         pmass_of_base=of["healed"].pmass_share,
         tail_nats_base=of["base"].tail_median_nats,
         tail_nats_healed=of["healed"].tail_median_nats,
@@ -146,9 +152,11 @@ def _table(rows: Sequence[BenchRow]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: Interval | tuple[float, ...] | float) -> str:
+def _cell(value: Interval | tuple[float, ...] | float | int) -> str:
     if isinstance(value, Interval):
         return interval_text(value)
     if isinstance(value, tuple):
         return ", ".join(fixed(each, 3) for each in value)
+    if isinstance(value, int):
+        return str(value)
     return fixed(value, 3)

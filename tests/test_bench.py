@@ -10,6 +10,8 @@ import pytest
 
 from eval.errors import UserError
 from steer_heal.bench import bench
+from steer_heal.saved import read_saved_run
+from steer_heal.summary import summarise
 from tests.conftest import TinyModel
 from tests.small import small_settings
 
@@ -19,12 +21,16 @@ def test_table_is_read_from_the_runs_files(tiny_qwen3: TinyModel, tmp_path: Path
     settings = [s for s in small_settings(tiny_qwen3.folder, tmp_path) if not s.startswith(own)]
     table = bench(tmp_path / "bench", [3, 4], settings)
     runs = sorted((tmp_path / "bench").iterdir())
-    shares = [_share(json.loads((run / "round-02" / "eval.json").read_text())) for run in runs]
+    best = [summarise(read_saved_run(run)).best for run in runs]
+    numbers = [each.number if each else 3 for each in best]
+    folders = [run / f"round-{number - 1:02d}" for run, number in zip(runs, numbers, strict=True)]
+    shares = [_share(json.loads((folder / "eval.json").read_text())) for folder in folders]
     lines = {
         line.strip("| ").split(" | ")[0]: line.strip("| ").split(" | ")[1:]
         for line in table.splitlines()[2:]
     }
     assert table.startswith("| | seed 3 | seed 4 | over seeds |")
+    assert [float(cell) for cell in lines["best_round"][:2]] == numbers
     for cell, share in zip(lines["enacted_healed"], shares, strict=False):
         assert cell.startswith(f"{share:+.3f} [")
     mean, gap = sum(shares) / 2, abs(shares[1] - shares[0])
