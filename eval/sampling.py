@@ -75,7 +75,7 @@ def sample_replies(
     temperature: float = 1.0,
     batch_size: int = 64,
     forbidden: Sequence[Sequence[int]] = (),
-    around_batch: Callable[[list[int]], AbstractContextManager] = lambda rows: nullcontext(),
+    around_batch: Callable[[list[int]], AbstractContextManager] | None = None,
     kinds: Sequence[Hashable] | None = None,
     label: str | None = None,
 ) -> list[Reply]:
@@ -93,11 +93,13 @@ def sample_replies(
             them, a reply has exactly `max_new_tokens`.
         around_batch: entered around each segment of a batch with the indices of the prompts whose
             replies go on, in batch order, and before it around the work that they share.
-        kinds: of every prompt; those of different kinds share nothing, since `around_batch` does
-            something else to them.
+        kinds: of every prompt, what `around_batch` does to it; prompts of one kind share their
+            reading. None: all are of one kind without `around_batch`, each of its own with it.
     Raises:
         UserError: one prompt alone does not fit into memory.
     """
+    if kinds is None and around_batch is not None:
+        kinds = range(len(prompts))
     decoder = _Decoder(
         model=model,
         prompts=prompts,
@@ -105,7 +107,7 @@ def sample_replies(
         uniforms=_uniforms(seed, len(prompts), max_new_tokens),
         temperature=temperature,
         generation=_generation(model, tokenizer, forbidden),
-        around_batch=around_batch,
+        around_batch=around_batch or (lambda rows: nullcontext()),
     )
     stops = decoder.generation.eos_token_id
     replies: dict[int, Reply] = {}

@@ -15,6 +15,7 @@ from steer_heal.config import resolve_config
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import run_path
 from tests.conftest import TinyModel
+from tests.processes import REPORT_FILES
 from tests.small import small_settings
 
 BEFORE_HEAL = ("vector", "doses", "drafts", "screened")
@@ -49,7 +50,7 @@ def from_cache(run: Path) -> list[str]:
 
 def contents(run: Path) -> dict[str, bytes]:
     """Every file of the stages, by its place."""
-    told = ("log.txt", "run.json", "stages.json", ".lock")
+    told = ("log.txt", "run.json", "stages.json", ".lock", *REPORT_FILES)
     return {
         str(path.relative_to(run)): path.read_bytes()
         for path in run.rglob("*")

@@ -47,7 +47,7 @@ def test_every_setting_is_listed_with_its_defaults_and_what_it_takes() -> None:
         if key != "model":
             assert (f"(other models: {theirs})" in rest) is (ours != theirs)
     assert listed["heal.rank"] == (
-        "2  (other models: 16)",
+        "8  (other models: 16)",
         "[a whole number, at least 1] Rank of the LoRA.",
     )
     assert listed["rounds"][0] == "3  (or N=3)"

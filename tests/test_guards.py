@@ -354,7 +354,8 @@ def test_a_real_run_warns_right_after_each_round(made: tuple[Path, list[str]]) -
         expected = [f"WARNING {alarm}" for alarm in found if alarm.round == number]
         evaluated = said.index(f"INFO round {number} (round-{number - 1:02d}): eval")
         (done,) = [n for n, line in enumerate(said) if f"{number} of 2 rounds done" in line]
-        table, *warned = said[evaluated + 1 : done]
+        table, *warned, spent = said[evaluated + 1 : done]
+        assert spent.startswith(f"INFO round {number} (round-{number - 1:02d}) took ")
         assert table.startswith(f"INFO what round {number} came to\n") and warned == expected
         assert any("barrier never fired" in line for line in expected)
         logged = (path / "log.txt").read_text(encoding="utf-8")
