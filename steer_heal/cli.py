@@ -86,8 +86,10 @@ def compare(
 
         paths = [_run_folder(Path(run)) for run in runs if not run.startswith("out=")]
         given = [Path(run.removeprefix("out=")) for run in runs if run.startswith("out=")]
+        if len(given) > 1:
+            raise UserError("out is given twice")
         comparison = compare_runs(paths)
-        out = given[-1] if given else paths[0].resolve().parent / PAGE_FILE
+        out = given[0] if given else paths[0].resolve().parent / PAGE_FILE
         write_page(comparison, out)
         typer.echo(f"{comparison.text}\n\npage: {out}")
 

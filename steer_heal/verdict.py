@@ -83,5 +83,5 @@ def _on_vignettes(summary: Summary, round: RoundFigures) -> bool | None:
 
 
 def _difference(after: Sequence[ReplyRow], before: Sequence[ReplyRow]) -> Interval:
-    left, right = (prompt_means(rows, lambda reply: reply.enacted) for rows in (before, after))
-    return mean_interval([b - a for a, b in zip(left, right, strict=True)])
+    later, earlier = (prompt_means(rows, lambda reply: reply.enacted) for rows in (after, before))
+    return mean_interval([a - b for a, b in zip(later, earlier, strict=True)])

@@ -267,6 +267,8 @@ def test_the_page_lies_beside_the_runs_and_only_where_it_can(
         shutil.copytree(runs[name], rounds / name)
     assert "two runs or more" in refusal(command(tmp_path, "compare", "slow"))
     nowhere = tmp_path / "nowhere" / "page.html"
+    message = refusal(command(tmp_path, "compare", "slow", "fast", "out=a.html", "out=b.html"))
+    assert "out is given twice" in message and not list(tmp_path.glob("*.html"))
     message = refusal(command(tmp_path, "compare", "slow", "fast", f"out={nowhere}"))
     assert str(nowhere) in message
     assert sorted(path.name for path in rounds.iterdir()) == ["fast", "slow"]
