@@ -1,6 +1,6 @@
-"""Logits at the ends of rows, in batches: what every score is read off.
+"""Logits, or final hidden states, at the ends of rows, in batches: what scores are read off.
 
-    row = prefix + rest;   wanted: the logits at the last `count` tokens of the rest
+    row = prefix + rest;   wanted: those at the last `count` tokens of the rest
 
 Rows that begin with the same prefix share the work on it: each prefix is read once into a cache
 (left-padded), whose entries are then handed to the rests (right-padded, so that nothing stands
@@ -73,7 +73,6 @@ def alike_ends(rows: Sequence[Sequence[int]], counts: Sequence[int], num_alike: 
     return Ends(rows=rows, counts=counts, lengths=lengths)
 
 
-@torch.inference_mode()
 def end_logits(
     model: Any,
     ends: Ends,
@@ -92,11 +91,32 @@ def end_logits(
     Raises:
         UserError: one row alone does not fit into memory.
     """
+    return _ends(_Reader(model, ends, pad_id, around, states=False), batch_size, label)
+
+
+def end_states(
+    model: Any,
+    ends: Ends,
+    batch_size: int,
+    pad_id: int | None,
+    label: str | None = None,
+    around: Around = lambda rows: nullcontext(),
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The same with hidden states after the final norm, [count, hidden], in place of logits."""
+    return _ends(_Reader(model, ends, pad_id, around, states=True), batch_size, label)
+
+
+@torch.inference_mode()
+def _ends(
+    reader: _Reader, batch_size: int, label: str | None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """What the reader reads of each row, a batch after another."""
+    ends = reader.ends
     sharing, total = ends.sharing(), len(ends.rows)
     if len(sharing) == total or 0 in ends.lengths:
         ends = replace(ends, lengths=[0] * total)
-        sharing = ends.sharing()
-    firsts, reader = list(sharing), _Reader(model, ends, pad_id, around)
+        sharing, reader = ends.sharing(), replace(reader, ends=ends)
+    firsts = list(sharing)
     with progress_bar(total, label) as bar:
         for start in range(0, len(firsts), batch_size):
             for some, read in fitting(reader.prefixes, firsts[start : start + batch_size], label):
@@ -104,8 +124,8 @@ def end_logits(
                 rows = sorted(entry, key=lambda row: (ends.lengths[row] - len(ends.rows[row]), row))
                 rest = partial(reader.rests, read, entry)
                 for at in range(0, len(rows), batch_size):
-                    for part, logits in fitting(rest, rows[at : at + batch_size], label):
-                        yield from zip(part, logits, strict=True)
+                    for part, found in fitting(rest, rows[at : at + batch_size], label):
+                        yield from zip(part, found, strict=True)
                         bar.update(len(part))
 
 
@@ -125,6 +145,7 @@ class _Reader:
     ends: Ends
     pad_id: int | None
     around: Around
+    states: bool  # hidden states are read in place of logits
 
     def prefixes(self, rows: list[int]) -> _Prefixes:
         """Reads the prefix of each of these rows."""
@@ -137,7 +158,7 @@ class _Reader:
         return _Prefixes(cache=cache, mask=mask)
 
     def rests(self, read: _Prefixes, entry: dict[int, int], rows: list[int]) -> list[torch.Tensor]:
-        """Logits of the rows' ends, [rows][count, vocab].
+        """Logits or hidden states of the rows' ends: [rows][count, vocab or hidden].
 
         Args:
             entry: of each row, which of the prefixes is its own.
@@ -158,8 +179,14 @@ class _Reader:
         first = min(start for start, _ in spans)  # before it no logits are made
         keep = max(end for _, end in spans) - first
         with self.around(rows):
-            logits = self.model(**inputs, use_cache=known, logits_to_keep=keep).logits
+            found = self._last(inputs | {"use_cache": known}, keep)
         return [
-            row[start - first : end - first]
-            for row, (start, end) in zip(logits, spans, strict=True)
+            row[start - first : end - first] for row, (start, end) in zip(found, spans, strict=True)
         ]
+
+    def _last(self, inputs: dict[str, Any], keep: int) -> torch.Tensor:
+        """Logits or hidden states of a batch's last positions: [rows, keep, ...]."""
+        if not self.states:
+            return self.model(**inputs, logits_to_keep=keep).logits
+        out = self.model(**inputs, logits_to_keep=1, output_hidden_states=[-1])
+        return out.hidden_states[-1][:, -keep:]

@@ -10,7 +10,7 @@ nll: mean over completion tokens. soft: mean over completion tokens of KL(teache
 plain and steered being the student before this round without the vector and with it, at the dose
 that the completion was sampled with.
 D: a row's aggregate over its completion tokens of the full-vocabulary KL between student and
-reference, through the same modules with other adapters acting: no second model. So the incoherence
+reference, the same modules with other adapters acting: no second model. So the incoherence
 that came with the steering is punished and the trait is not. Reverse KL to the previous student
 lets the trait accumulate over rounds; to the base it opposes what earlier rounds learnt; to the
 last coherent round's student it is a ratchet: a round that broke is not what the next is held to.
@@ -61,7 +61,8 @@ from steer_heal.stack import (
     trainable,
     weights_digest,
 )
-from steer_heal.trainer import DoseCollator, HealTrainer, StepLog, Teacher
+from steer_heal.targets import Targets, barrier_threshold, read_targets
+from steer_heal.trainer import HealTrainer, RowCollator, StepLog
 
 
 @contextmanager
@@ -98,17 +99,18 @@ def heal(
     """
     loaded = student.loaded
     layers = student.band(config.layers)
-    targets = [module for layer in layers for module in loaded.linear_names[layer]]
-    lora = lora_config(config.rank, config.alpha, targets, loaded.model_id)
+    modules = [module for layer in layers for module in loaded.linear_names[layer]]
+    lora = lora_config(config.rank, config.alpha, modules, loaded.model_id)
     # before PEFT shortens the names (from 20 on, to what is unique in this very model): a vision
     # tower that is there when the adapter is loaded, and was not when it was made, would match
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in lora.to_dict().items()}
+    targets = read_targets(student, kept, vector, reference, config)
     torch.manual_seed(seed)  # A is drawn when the adapter is attached
     loaded.model = attach(loaded.model, name, lora)
     try:
         history = weights_digest(loaded.model, student.names)
         with trainable(loaded.model, name), only(loaded.model, [*student.names, name]):
-            steps = _train(student, kept, vector, reference, config, name, seed)
+            steps = _train(student, kept, targets, config, name, seed)
         if weights_digest(loaded.model, student.names) != history:
             raise AssertionError("training a round changed an adapter of an earlier round")
         weights = adapter_weights(loaded.model, name)
@@ -123,37 +125,33 @@ def heal(
 def _train(
     student: Student,
     kept: Screened,
-    vector: SteeringVector,
-    reference: Sequence[str],
+    targets: Sequence[Targets],
     config: HealConfig,
     name: str,
     seed: int,
 ) -> tuple[TrainStep, ...]:
     model = student.loaded.model
-    teacher = Teacher(
-        adapters=student.names,
-        layers=[student.loaded.layers[index] for index in vector.band],
-        directions=vector.band_directions,
-    )
+    threshold_nats = barrier_threshold(student, targets, config)
+    if config.barrier_threshold_nats == "auto" and threshold_nats <= LEAST_NATS:
+        logger.warning(
+            "heal: the teacher stays within {} nats of the reference (a dose of 0, or nearly), "
+            "and the barrier holds the student there, too",
+            LEAST_NATS,
+        )
     with tempfile.TemporaryDirectory() as scratch, _put_back(model), StepLog() as log:
         trainer = HealTrainer(
             model=model,
             args=sft_arguments(config, len(student.adapters), model, scratch, seed),
             train_dataset=sft_rows(kept),
             processing_class=student.tokenizer,
-            data_collator=DoseCollator(student.tokenizer.pad_token_id),
+            data_collator=RowCollator(student.tokenizer.pad_token_id),
             callbacks=[log],
             heal=config,
-            reference=reference,
-            teacher=teacher,
+            num_earlier=len(student.adapters),
+            targets=targets,
+            threshold_nats=threshold_nats,
         )
         trainer.remove_callback(PrinterCallback)
-        if config.barrier_threshold_nats == "auto" and trainer.threshold_nats <= LEAST_NATS:
-            logger.warning(
-                "heal: the teacher stays within {} nats of the reference (a dose of 0, or nearly), "
-                "and the barrier holds the student there, too",
-                LEAST_NATS,
-            )
         trained = {key for key, p in model.named_parameters() if p.requires_grad}
         assert trained and all(f".{name}." in key for key in trained), "history is trainable"
         with _fitting(config):
@@ -164,7 +162,7 @@ def _train(
     logger.info(
         "heal: nll {:.3f} nats at the first step, {:.3f} at the last; barrier at {:.3f} nats on in "
         "{:.0%} of {}",
-        *(steps[0].nll_nats, steps[-1].nll_nats, trainer.threshold_nats, share, len(steps)),
+        *(steps[0].nll_nats, steps[-1].nll_nats, threshold_nats, share, len(steps)),
     )
     return steps
 
@@ -204,7 +202,7 @@ def sft_arguments(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         max_length=None,
-        remove_unused_columns=False,  # a row's dose travels with it
+        remove_unused_columns=False,  # a row's number travels with it
         bf16=model.device.type == "cuda",
         gradient_checkpointing=model.device.type == "cuda",
         use_cpu=model.device.type == "cpu",
@@ -225,9 +223,9 @@ def sft_rows(kept: Screened) -> Dataset:
             {
                 "input_ids": [*row.prompt_ids, *row.token_ids],
                 "labels": [-100] * len(row.prompt_ids) + list(row.token_ids),
-                "dose": row.dose,
+                "row": number,
             }
-            for row in kept.kept
+            for number, row in enumerate(kept.kept)
         ]
     )
 

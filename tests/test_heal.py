@@ -223,7 +223,8 @@ def test_a_step_that_does_not_fit_says_what_to_reduce_and_leaves_the_student_as_
     before = state(student.loaded.model)
 
     def full(module: Any, args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        if torch.is_grad_enabled():  # a step, not what is read before the first
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     hook = student.loaded.layers[1].register_forward_pre_hook(full)
     try:
@@ -474,6 +475,30 @@ def test_soft_targets_are_those_of_the_steered_student_before_the_round(
     assert step.loss == pytest.approx(step.nll_nats + 0.6 * expected, rel=1e-4)
 
 
+def test_reference_and_teacher_are_read_once_however_many_steps_follow(
+    tiny_qwen3: TinyModel,
+) -> None:
+    student = loaded(tiny_qwen3, 1)
+
+    def passes(epochs: int, soft_weight: float, held: list[str]) -> tuple[int, int]:
+        """Passes without a gradient and with one."""
+        seen: list[bool] = []
+        layer = student.loaded.layers[0]
+        hook = layer.register_forward_hook(lambda *about: seen.append(torch.is_grad_enabled()))
+        try:
+            settings = config(epochs=epochs, soft_weight=soft_weight)
+            heal(student, kept(student), vector(student), held, settings, "r01", seed=0)
+        finally:
+            hook.remove()
+        return seen.count(False), seen.count(True)
+
+    previous, base = student.names, []
+    assert passes(1, 0, previous) == (2, 2)  # 8 completions, 4 at a time: the reference alone
+    assert passes(3, 0, previous) == (2, 6)
+    assert passes(3, 1, previous) == (4, 6)  # the teacher without the vector is the reference
+    assert passes(3, 1, base) == (6, 6)
+
+
 def test_soft_targets_alone_bring_the_student_to_the_steered_teacher(tiny: TinyModel) -> None:
     student = loaded(tiny, 1)
     rows = kept(student)
@@ -497,15 +522,15 @@ def test_without_soft_targets_the_vector_changes_nothing(tiny_qwen3: TinyModel) 
 
 
 @pytest.mark.parametrize("reference", ["previous", "base"])
-def test_the_divergence_is_exactly_zero_at_the_first_step_of_the_first_round(
+def test_the_divergence_is_zero_but_for_rounding_at_the_first_step_of_the_first_round(
     tiny_gemma3: TinyModel, reference: str
 ) -> None:
     student = loaded(tiny_gemma3)
     settings = config(barrier_aggregate="max", epochs=1)
     held = names(student, reference)
     steps = heal(student, kept(student), vector(student), held, settings, "r00", seed=0).steps
-    assert steps[0].kl_nats == 0 and steps[0].barrier_nats == 0 and steps[0].share_over == 0
-    assert steps[1].kl_nats > 0
+    assert steps[0].kl_nats < 1e-6 and steps[0].barrier_nats == 0 and steps[0].share_over == 0
+    assert steps[1].kl_nats > 1e-4
 
 
 def test_against_the_previous_student_it_starts_at_zero_in_later_rounds_too(
@@ -521,7 +546,7 @@ def test_against_the_previous_student_it_starts_at_zero_in_later_rounds_too(
         "r02",
         seed=0,
     ).steps
-    assert steps[0].kl_nats == 0
+    assert steps[0].kl_nats < 1e-6
 
 
 @pytest.mark.parametrize(

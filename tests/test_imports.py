@@ -37,6 +37,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "overlap",
                 "manifest",
                 "trainer",
+                "targets",
                 "head",
                 "reach",
                 "memory",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval.chat import chat_ids
-from eval.logits import Ends, alike_ends, completion_ends, end_logits
+from eval.logits import Ends, alike_ends, completion_ends, end_logits, end_states
 from tests.conftest import TinyModel
 
 QUESTIONS = ["Hi.", "Which moral foundation is at stake when a nurse is told to leave?", "Why?"]
@@ -60,6 +60,17 @@ def test_logits_are_those_of_every_row_alone(decoder: TinyModel, batch_size: int
         expected = _alone(decoder.model, list(ends.rows[row]), ends.counts[row])
         assert logits.shape == expected.shape
         assert torch.allclose(logits, expected, rtol=1e-4, atol=2e-4)
+
+
+def test_states_are_those_after_the_final_norm_of_every_row_alone(decoder: TinyModel) -> None:
+    ends, pad_id = _completions(decoder), decoder.tokenizer.pad_token_id
+    for row, states in end_states(decoder.model, ends, 5, pad_id):
+        inputs = torch.tensor([list(ends.rows[row])])
+        with torch.no_grad():
+            out = decoder.model(inputs, use_cache=False, output_hidden_states=True)
+        expected = out.hidden_states[-1][0, -ends.counts[row] :]
+        assert states.shape == expected.shape
+        assert torch.allclose(states, expected, rtol=1e-4, atol=2e-4)
 
 
 def test_a_prompt_is_read_once_for_all_its_replies(tiny: TinyModel) -> None:
