@@ -80,7 +80,7 @@ settings: setup
 # the test suite, as CI runs it, on up to four cores
 [no-exit-message]
 test *ARGS: setup
-    @{{bin}}/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+    @{{bin}}/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
 
 # linter, formatting, types
 check: setup

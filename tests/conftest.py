@@ -20,6 +20,13 @@ from tests.tiny import FAMILIES, Family, tiny_model_folder
 
 torch.set_num_threads(1)
 
+# begun first: a process that takes one of these last keeps the others waiting
+LONG_FILES = ("test_study", "test_resume", "test_loop", "test_bench", "test_export", "test_page")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModel:
