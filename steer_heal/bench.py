@@ -1,4 +1,4 @@
-"""Measures the main job: three rounds on each of three seeds, each in a process of its own.
+"""Measures the main job: rounds on each of several seeds, each in a process of its own.
 
 Every row of the table is read from the run's own files, what is healed and steered from those of
 its best round, which is what export takes (the last round where none is coherent); wall time and
@@ -73,7 +73,7 @@ def bench(folder: Path, seeds: Sequence[int], settings: Sequence[str]) -> str:
 
 
 def _measure(folder: Path, seed: int, settings: list[str]) -> BenchRow:
-    arguments = ["N=3", *settings, f"seed={seed}", f"folder={folder}"]
+    arguments = [*settings, f"seed={seed}", f"folder={folder}"]
     config = resolve_config(arguments)
     path = run_path(config)
     start = time.monotonic()

@@ -151,7 +151,7 @@ def chat(run: Run, settings: Settings = None) -> None:
 
 @app.command()
 def bench(settings: Settings = None, seeds: int = 3) -> None:
-    """Three rounds on each of several seeds, from nothing; prints the table of what was reached."""
+    """N=3 rounds on each of several seeds, from nothing; prints the table of what was reached."""
     with _working("the seeds that were done stay in rounds/bench"):
         from steer_heal.bench import bench as run_bench
 
