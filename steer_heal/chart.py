@@ -1,8 +1,4 @@
-"""What every chart of the page is made of: named colours, a plain panel, an axis of rounds.
-
-Charts are made in the light colours. The page knows each by its name, and puts the reader's own
-theme in its place.
-"""
+"""What every chart of the pages is made of: a plain panel, lines and levels, an axis of rounds."""
 
 from __future__ import annotations
 
@@ -14,39 +10,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from eval.statistics import Interval
+from steer_heal import palette
 from steer_heal.saved import ConditionFigures
 from steer_heal.summary import Summary
 
-# Name -> light, dark. After Okabe and Ito, told apart by the colour-blind; brighter on dark.
-PALETTE = {
-    "ink": ("#1d2329", "#e4e7ea"),
-    "soft": ("#5a636d", "#a3abb4"),
-    "line": ("#dde1e6", "#333a42"),
-    "panel": ("#f5f7f9", "#1f252b"),
-    "healed": ("#0067a5", "#62b6ef"),
-    "healed-band": ("rgba(0,103,165,0.16)", "rgba(98,182,239,0.2)"),
-    "steered": ("#c44e00", "#ff9248"),
-    "prompted": ("#007a5a", "#3ecf9f"),
-    "random": ("#8b6f9c", "#b9a0c9"),
-    "base-band": ("rgba(90,99,109,0.13)", "rgba(163,171,180,0.17)"),
-    "kept": ("#00805f", "#35c497"),
-    "surplus": ("#a9d5c6", "#2f6e5a"),
-    "round-1": ("#d98a00", "#ffc04d"),
-    "round-2": ("#c85a17", "#ff9457"),
-    "round-3": ("#b0304f", "#ff7f96"),
-    "round-4": ("#8f2f80", "#e88fdc"),
-    "round-5": ("#6440a8", "#b9a0ff"),
-    "round-6": ("#3a58b4", "#8caeff"),
-    "round-7": ("#1c7599", "#5cc4ea"),
-    "round-8": ("#16806f", "#56d3bd"),
-}
-_LIGHT = {name: light for name, (light, _) in PALETTE.items()}
-INK, SOFT, LINE, PANEL = (_LIGHT[name] for name in ("ink", "soft", "line", "panel"))
-HEALED, HEALED_BAND, STEERED = (_LIGHT[name] for name in ("healed", "healed-band", "steered"))
-PROMPTED, RANDOM, BASE_BAND = (_LIGHT[name] for name in ("prompted", "random", "base-band"))
-KEPT, SURPLUS = _LIGHT["kept"], _LIGHT["surplus"]
-ROUNDS = [light for name, light in _LIGHT.items() if name.startswith("round-")]
-CLEAR = "rgba(0,0,0,0)"
 DASHED, DOTTED = "6px,4px", "2px,3px"
 
 
@@ -68,8 +35,8 @@ def panel(traces: Sequence[Any], height: int = 230, **layout: Any) -> go.Figure:
         layout: Plotly's own, on top.
     """
     axis = {
-        "gridcolor": LINE,
-        "linecolor": LINE,
+        "gridcolor": palette.LINE,
+        "linecolor": palette.LINE,
         "zeroline": False,
         "fixedrange": True,  # a finger on a chart is to scroll the page
         "automargin": True,
@@ -79,12 +46,17 @@ def panel(traces: Sequence[Any], height: int = 230, **layout: Any) -> go.Figure:
         "template": go.layout.Template(),
         "height": height,
         "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
-        "paper_bgcolor": CLEAR,
-        "plot_bgcolor": CLEAR,
+        "paper_bgcolor": palette.CLEAR,
+        "plot_bgcolor": palette.CLEAR,
         "showlegend": False,
         "dragmode": False,
-        "font": {"color": SOFT, "size": 12, "family": "system-ui, sans-serif"},
-        "hoverlabel": {"bgcolor": PANEL, "bordercolor": LINE, "font_color": INK, "align": "left"},
+        "font": {"color": palette.SOFT, "size": 12, "family": "system-ui, sans-serif"},
+        "hoverlabel": {
+            "bgcolor": palette.PANEL,
+            "bordercolor": palette.LINE,
+            "font_color": palette.INK,
+            "align": "left",
+        },
         "xaxis": axis,
         "yaxis": axis,
     }
@@ -131,7 +103,7 @@ def level(
 def stripe(low: float, high: float) -> dict[str, Any]:
     """A stripe across the whole panel: what base does by itself."""
     place = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": low, "y1": high}
-    return place | {"layer": "below", "line": {"width": 0}, "fillcolor": BASE_BAND}
+    return place | {"layer": "below", "line": {"width": 0}, "fillcolor": palette.BASE_BAND}
 
 
 def rounds_axis(num_rounds: int) -> dict[str, Any]:
@@ -144,18 +116,6 @@ def rounds_axis(num_rounds: int) -> dict[str, Any]:
         "xaxis_range": [-0.25, max(1, num_rounds) + 0.25],
         "xaxis_title_text": "after round",
     }
-
-
-def round_name(number: int, num_rounds: int) -> str:
-    """The name of a round's colour, from the first to the last."""
-    if num_rounds > len(ROUNDS):
-        number = 1 + (number - 1) * (len(ROUNDS) - 1) // (num_rounds - 1)
-    return f"round-{number}"
-
-
-def round_color(number: int, num_rounds: int) -> str:
-    """A round's colour."""
-    return _LIGHT[round_name(number, num_rounds)]
 
 
 def plain(text: str) -> str:
@@ -175,5 +135,5 @@ def steered_points(
         [value(each) for each in steered],
         [f"<b>{each.label}</b><br>{plain(says(each))}" for each in steered],
         mode="markers",
-        marker=marker("circle-open", STEERED, 8),
+        marker=marker("circle-open", palette.STEERED, 8),
     )

@@ -7,15 +7,9 @@ from typing import Any
 
 from eval.statistics import Interval
 from eval.summary import fixed
+from steer_heal import palette
 from steer_heal.chart import (
     DOTTED,
-    HEALED,
-    HEALED_BAND,
-    INK,
-    PROMPTED,
-    RANDOM,
-    SOFT,
-    STEERED,
     Chart,
     band,
     level,
@@ -56,7 +50,7 @@ def coherence_charts(summary: Summary) -> list[Chart]:
             "Answers in the asked format",
             lambda each: each.pmass_share,
             lambda each: f"pmass {fixed(each.pmass_share, 3)} of base's",
-            shapes=[level(PMASS_GATE, STEERED, DOTTED)],
+            shapes=[level(PMASS_GATE, palette.STEERED, DOTTED)],
             range=_pmass_range(summary),
             yaxis_title_text="pmass, share of base's",
         ),
@@ -133,17 +127,20 @@ def _foundation(
     ]
     figure = panel(
         [
-            band(range(len(healed)), shifts, HEALED_BAND),
+            band(range(len(healed)), shifts, palette.HEALED_BAND),
             line(
                 range(len(healed)),
                 [shift.estimate for shift in shifts],
                 cards,
-                line={"color": HEALED if sign else SOFT, "width": 2.4 if sign else 1.6},
+                line={
+                    "color": palette.HEALED if sign else palette.SOFT,
+                    "width": 2.4 if sign else 1.6,
+                },
             ),
         ],
         height=200,
-        shapes=[level(0, INK, "solid", 1), level(prompted, PROMPTED)]
-        + [level(each.shifts[name].estimate, RANDOM, DOTTED) for each in summary.random],
+        shapes=[level(0, palette.INK, "solid", 1), level(prompted, palette.PROMPTED)]
+        + [level(each.shifts[name].estimate, palette.RANDOM, DOTTED) for each in summary.random],
         yaxis_range=list(range_),
         **rounds_axis(len(summary.rounds)),
     )
@@ -172,17 +169,22 @@ def _whole(
     """One figure of the text, over rounds: steered, healed, and the persona prompt as a level."""
     healed = [summary.base, *(round.healed for round in summary.rounds)]
     numbers = list(map(float, [0, *(round.number for round in summary.rounds)]))
-    traces = [band(numbers, list(map(intervals, healed)), HEALED_BAND)] if intervals else []
+    traces = [band(numbers, list(map(intervals, healed)), palette.HEALED_BAND)] if intervals else []
     cards = [f"<b>{each.label}</b><br>{plain(says(each))}" for each in healed]
     traces += [
         steered_points(summary, value, says),
-        line(numbers, [value(each) for each in healed], cards, line={"color": HEALED, "width": 2}),
+        line(
+            numbers,
+            [value(each) for each in healed],
+            cards,
+            line={"color": palette.HEALED, "width": 2},
+        ),
     ]
     if range is not None:
         layout["yaxis_range"] = list(range)
     figure = panel(
         traces,
-        shapes=[level(value(summary.prompted), PROMPTED), *shapes],
+        shapes=[level(value(summary.prompted), palette.PROMPTED), *shapes],
         **rounds_axis(len(summary.rounds)),
         **layout,
     )

@@ -7,22 +7,21 @@ terminal's table gives; of the settings only those that differ are told.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
 from eval.files import write_text
 from eval.statistics import Interval
 from eval.summary import interval_text
-from steer_heal.browse import pack
-from steer_heal.chart import PALETTE, Chart, band, level, line, panel, plain, rounds_axis
+from steer_heal.chart import Chart, band, level, line, panel, plain, rounds_axis
 from steer_heal.compare import Comparison
+from steer_heal.page import fill_page
+from steer_heal.palette import INK, PALETTE
 from steer_heal.saved import ConditionFigures, SavedRun
 from steer_heal.summary import Summary, summarise
-from steer_heal.wording import bounds, nats, percent, percent_bounds, script_json, templates
+from steer_heal.wording import bounds, nats, percent, percent_bounds
 
 PAGE_FILE = "compare.html"
 _COLORS = ("healed", "steered", "prompted", "round-4", "round-1", "round-7", "round-3", "soft")
@@ -34,33 +33,17 @@ def write_page(comparison: Comparison, out: Path) -> None:
     """Writes the page of a comparison."""
     summaries = [summarise(run) for run in comparison.runs]
     charts = {"drift": _drift(summaries, comparison.names), "paired": _paired(comparison)}
-    drawn = {
-        "figures": {
-            chart.name: chart.figure.to_plotly_json()
-            for group in charts.values()
-            for chart in group
-        },
-        "colors": {light: f"--{name}" for name, (light, _) in PALETTE.items()},
-    }
-    page = templates(is_html=True).get_template(PAGE_FILE)
-    text = page.render(
+    text = fill_page(
+        PAGE_FILE,
+        charts,
         names=comparison.names,
         colors=[_color_name(place) for place in range(len(comparison.runs))],
         figures=comparison.figures,
         pairs=comparison.differences,
-        charts=charts,
         settings=list(_differing(comparison.runs)),
         interval_text=interval_text,
-        palette=PALETTE,
-        drawn=script_json(drawn),
-        plotly=_packed_plotly(),
     )
     write_text(out, text)
-
-
-@lru_cache(maxsize=1)
-def _packed_plotly() -> str:
-    return pack(get_plotlyjs())
 
 
 def _color_name(place: int) -> str:
@@ -102,7 +85,7 @@ def _foundation(summaries: Sequence[Summary], names: Sequence[str], foundation: 
         names,
         lambda figures: figures.shifts[foundation],
         lambda interval: f"{nats(interval.estimate)} {bounds(interval)}",
-        shapes=[level(0, PALETTE["ink"][0], "solid", 1)],
+        shapes=[level(0, INK, "solid", 1)],
     )
 
 
@@ -187,7 +170,7 @@ def _forest(comparison: Comparison, name: str, title: str, figures: Sequence[str
         yaxis_ticktext=list(figures),
         yaxis_range=[len(figures) - 0.5, -0.5],
         xaxis_title_text=f"minus {plain(first)}",
-        shapes=[level(0, PALETTE["ink"][0], "solid", 1, along="y")],
+        shapes=[level(0, INK, "solid", 1, along="y")],
     )
     says = f"Differences from {first} with 95 % intervals; the table below has the numbers."
     return Chart(name=name, title=title, says=says, figure=figure)

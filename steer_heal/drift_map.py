@@ -9,15 +9,9 @@ import plotly.graph_objects as go
 
 from eval.statistics import Interval
 from eval.summary import fixed
+from steer_heal import palette
 from steer_heal.chart import (
     DOTTED,
-    HEALED,
-    HEALED_BAND,
-    INK,
-    PROMPTED,
-    RANDOM,
-    SOFT,
-    STEERED,
     Chart,
     band,
     level,
@@ -59,21 +53,25 @@ def _map(summary: Summary) -> Chart:
         x=[across.value(each).estimate for each in steps],
         y=[up.value(each).estimate for each in steps],
         mode="lines",
-        line={"color": SOFT, "width": 1.2},
+        line={"color": palette.SOFT, "width": 1.2},
         hoverinfo="skip",
     )
     healed = [round.healed for round in summary.rounds]
     groups = [
         path,
-        _points(summary.random, across, up, symbol="x-thin", color=RANDOM, size=9),
-        _points([prompted], across, up, symbol="star", color=PROMPTED, size=14),
-        _points([summary.engineered], across, up, symbol="star-open", color=PROMPTED, size=13),
+        _points(summary.random, across, up, symbol="x-thin", color=palette.RANDOM, size=9),
+        _points([prompted], across, up, symbol="star", color=palette.PROMPTED, size=14),
+        _points(
+            [summary.engineered], across, up, symbol="star-open", color=palette.PROMPTED, size=13
+        ),
         _points([r.steered for r in summary.rounds], across, up, symbol="circle-open", size=9),
-        _points(healed, across, up, symbol="circle", color=HEALED, size=11, has_bars=True),
-        _points([summary.base], across, up, symbol="diamond", color=INK, size=11),
+        _points(healed, across, up, symbol="circle", color=palette.HEALED, size=11, has_bars=True),
+        _points([summary.base], across, up, symbol="diamond", color=palette.INK, size=11),
     ]
     if summary.unbarred is not None:
-        groups.append(_points([summary.unbarred], across, up, symbol="square-open", color=HEALED))
+        groups.append(
+            _points([summary.unbarred], across, up, symbol="square-open", color=palette.HEALED)
+        )
     figure = panel(
         groups,
         height=440,
@@ -81,8 +79,8 @@ def _map(summary: Summary) -> Chart:
         yaxis_title_text=up.title,
         hovermode="closest",
         shapes=[
-            level(up.value(prompted).estimate, PROMPTED),
-            level(across.value(prompted).estimate, PROMPTED, along="y"),
+            level(up.value(prompted).estimate, palette.PROMPTED),
+            level(across.value(prompted).estimate, palette.PROMPTED, along="y"),
         ],
         annotations=[_mark(each, across, up) for each in _named(summary)],
     )
@@ -142,7 +140,7 @@ def _points(
     up: _Axis,
     *,
     symbol: str,
-    color: str = STEERED,
+    color: str = palette.STEERED,
     size: int = 10,
     has_bars: bool = False,
 ) -> go.Scatter:
@@ -153,7 +151,7 @@ def _points(
             "symmetric": False,
             "array": [value(each).high - value(each).estimate for each in conditions],
             "arrayminus": [value(each).estimate - value(each).low for each in conditions],
-            "color": HEALED_BAND,
+            "color": palette.HEALED_BAND,
             "thickness": 3,
             "width": 0,
         }
@@ -177,38 +175,45 @@ def _card(figures: ConditionFigures, across: _Axis, up: _Axis) -> str:
     return "<br>".join([f"<b>{figures.label}</b>", *map(plain, dict.fromkeys(lines))])
 
 
-def _named(summary: Summary) -> list[tuple[str, ConditionFigures]]:
-    """What has a name on the map: not every round, as many may lie on one another."""
-    marks = [("base", summary.base), ("persona prompt", summary.prompted)]
+def _named(summary: Summary) -> list[tuple[str, ConditionFigures, int]]:
+    """What has a name on the map, and how far above it, pixels: what healing reaches is often where
+    the prompt is, so their names are on two sides. Not every round: many may lie on one another.
+    """
+    marks = [("base", summary.base, -18), ("persona prompt", summary.prompted, -18)]
     best = summary.best
     if summary.rounds and (best is None or best.number > 1):
-        marks.append(("1", summary.rounds[0].healed))
+        marks.append(("1", summary.rounds[0].healed, 16))
     if best is not None:
-        marks.append((f"{best.number}, best", best.healed))
+        marks.append((f"{best.number}, best", best.healed, 16))
     return marks
 
 
-def _mark(named: tuple[str, ConditionFigures], across: _Axis, up: _Axis) -> dict[str, object]:
-    text, figures = named
+def _mark(named: tuple[str, ConditionFigures, int], across: _Axis, up: _Axis) -> dict[str, object]:
+    text, figures, above = named
     place = {"x": across.value(figures).estimate, "y": up.value(figures).estimate}
-    return place | {"text": text, "showarrow": False, "yshift": 16, "font": {"color": INK}}
+    return place | {
+        "text": text,
+        "showarrow": False,
+        "yshift": above,
+        "font": {"color": palette.INK},
+    }
 
 
 def _enacted(summary: Summary) -> Chart:
     rounds = [summary.base, *(round.healed for round in summary.rounds)]
     shares = [each.enacted for each in rounds]
-    levels = [level(summary.prompted.enacted.estimate, PROMPTED)]
-    levels += [level(each.enacted.estimate, RANDOM, DOTTED) for each in summary.random]
+    levels = [level(summary.prompted.enacted.estimate, palette.PROMPTED)]
+    levels += [level(each.enacted.estimate, palette.RANDOM, DOTTED) for each in summary.random]
     says = [f"{percent(share.estimate)} {percent_bounds(share)}" for share in shares]
     figure = panel(
         [
-            band(range(len(rounds)), shares, HEALED_BAND),
+            band(range(len(rounds)), shares, palette.HEALED_BAND),
             steered_points(summary, lambda each: each.enacted.estimate, _share_card),
             line(
                 range(len(rounds)),
                 [share.estimate for share in shares],
                 [f"<b>{each.label}</b><br>{said}" for each, said in zip(rounds, says, strict=True)],
-                line={"color": HEALED, "width": 2.4},
+                line={"color": palette.HEALED, "width": 2.4},
             ),
         ],
         height=440,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -98,6 +99,7 @@ class _Label:
         return sum(self.heights) / len(self.heights)
 
 
+@lru_cache(maxsize=len(FORMATS))  # it is in the page, and a file beside it
 def draw_drift(drift: Drift, format: Format) -> bytes:
     """Draws the plot as a picture; the same bytes for the same numbers."""
     with mpl.rc_context(_STYLE):

@@ -9,22 +9,14 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from steer_heal import palette
 from steer_heal.artifacts import Screened, ScreenedCompletion
-from steer_heal.chart import (
-    DOTTED,
-    INK,
-    KEPT,
-    SOFT,
-    SURPLUS,
-    Chart,
-    level,
-    panel,
-)
-from steer_heal.chart import ROUNDS as COLORS
+from steer_heal.chart import DOTTED, Chart, level, panel
 from steer_heal.saved import BegunRound
 from steer_heal.wording import nats, percent
 
 _PASSED = ("surplus", "duplicate")  # past every criterion, and yet not needed
+_FATES = {"kept": palette.KEPT, "not needed": palette.SURPLUS, "dropped": palette.SOFT}
 
 
 def filter_charts(rounds: Sequence[BegunRound], base_enactment_nats: float | None) -> list[Chart]:
@@ -39,13 +31,16 @@ def _drops(screened: Sequence[tuple[int, Screened]]) -> Chart:
     passed = [reason for reason in _PASSED if reason in totals]
     failed = [reason for reason, _ in totals.most_common() if reason not in _PASSED]
     looks: dict[str, dict[str, Any]] = {
-        "kept": {"color": KEPT},
-        "surplus": {"color": SURPLUS},
-        "duplicate": {"color": SOFT},
+        "kept": {"color": palette.KEPT},
+        "surplus": {"color": palette.SURPLUS},
+        "duplicate": {"color": palette.SOFT},
     }
     for index, reason in enumerate(failed):
-        shape = "/" if index >= len(COLORS) else ""  # the colours are used up
-        looks[reason] = {"color": COLORS[index % len(COLORS)], "pattern": {"shape": shape}}
+        shape = "/" if index >= len(palette.ROUNDS) else ""  # the colours are used up
+        looks[reason] = {
+            "color": palette.ROUNDS[index % len(palette.ROUNDS)],
+            "pattern": {"shape": shape},
+        }
     figure = panel(
         [_bar(screened, reason, looks[reason]) for reason in ("kept", *passed, *failed)],
         height=130 + 34 * len(screened),
@@ -89,45 +84,64 @@ def _bar(screened: Sequence[tuple[int, Screened]], reason: str, look: dict[str, 
 def _enactment(screened: Sequence[tuple[int, Screened]], base_nats: float | None) -> Chart:
     """Box plots of the enactment of the kept, the not needed and the dropped, round by round."""
     boxes, told = [], []
-    for label, color in (("kept", KEPT), ("not needed", SURPLUS), ("dropped", SOFT)):
+    for label, color in _FATES.items():
         groups = [(number, _nats(found.rows, label)) for number, found in screened]
         groups = [(number, values) for number, values in groups if len(values)]
-        if not groups:
-            continue
-        quantiles = [np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95]) for _, values in groups]
-        low, q1, median, q3, high = np.transpose(quantiles).tolist()
-        boxes.append(
-            go.Box(
-                x=[str(number) for number, _ in groups],
-                lowerfence=low,
-                q1=q1,
-                median=median,
-                q3=q3,
-                upperfence=high,
-                name=label,
-                marker={"color": color},
-                line={"width": 1.6},
-            )
-        )
-        told += [
-            f"round {number}, {label}: {nats(middle)}"
-            for (number, _), middle in zip(groups, median, strict=True)
-        ]
+        if groups:
+            boxes += _boxes(groups, label, color)
+        told += [f"round {number}, {label}: {nats(np.median(values))}" for number, values in groups]
     figure = panel(
         boxes,
         height=260,
-        boxmode="group",
+        barmode="group",
+        scattermode="group",
+        bargap=0.3,
         xaxis_type="category",
         xaxis_title_text="round",
         showlegend=True,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         yaxis_title_text="enactment, nats a token",
-        shapes=[] if base_nats is None else [level(base_nats, INK, DOTTED)],
+        shapes=[] if base_nats is None else [level(base_nats, palette.INK, DOTTED)],
     )
     says = f"Median enactment in nats a token; {'; '.join(told)}."
     return Chart(
         name="kept-dropped", title="How much of the trait they carry", says=says, figure=figure
     )
+
+
+def _boxes(groups: Sequence[tuple[int, np.ndarray]], label: str, color: str) -> list[Any]:
+    """A box a round: a bar from quartile to quartile, the median on it with whiskers to 5 and 95 %.
+
+    Plotly's smallest bundle has no box plots.
+    """
+    quantiles = [np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95]) for _, values in groups]
+    low, q1, median, q3, high = np.transpose(quantiles)
+    cards = [
+        f"<b>round {number}: {label}</b><br>median {nats(each[2])} nats a token<br>"
+        f"half from {nats(each[1])} to {nats(each[3])}<br>"
+        f"5 to 95 %: {nats(each[0])} to {nats(each[4])}"
+        for (number, _), each in zip(groups, quantiles, strict=True)
+    ]
+    both = {
+        "x": [str(number) for number, _ in groups],
+        "name": label,
+        "offsetgroup": label,
+        "hovertext": cards,
+        "hoverinfo": "text",
+    }
+    whiskers = {
+        "type": "data",
+        "symmetric": False,
+        "array": (high - median).tolist(),
+        "arrayminus": (median - low).tolist(),
+        "color": palette.INK,
+        "thickness": 1.2,
+        "width": 4,
+    }
+    middle = {"symbol": "line-ew", "size": 16, "line": {"width": 2, "color": palette.INK}}
+    bar = {"y": (q3 - q1).tolist(), "base": q1.tolist(), "marker": {"color": color}}
+    point = {"y": median.tolist(), "mode": "markers", "marker": middle, "error_y": whiskers}
+    return [go.Bar(**both, **bar), go.Scatter(**both, **point, showlegend=False)]
 
 
 def _nats(rows: Sequence[ScreenedCompletion], label: str) -> np.ndarray:

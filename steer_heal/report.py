@@ -6,23 +6,22 @@ It is drawn of any run, whatever stage it is in; the figures for papers of one w
 
 from __future__ import annotations
 
+import base64
 import itertools
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
-from plotly.offline import get_plotlyjs
 
 from eval.errors import UserError
 from eval.files import write_bytes, write_text
 from eval.summary import fixed
 from steer_heal.artifacts import ReplyRow
-from steer_heal.browse import pack, packed_completions
-from steer_heal.chart import PALETTE, Chart, round_name
+from steer_heal.browse import packed_completions
+from steer_heal.chart import Chart
 from steer_heal.charts import coherence_charts, foundation_charts
 from steer_heal.config import resolve_config
 from steer_heal.drift_map import drift_charts
@@ -31,13 +30,15 @@ from steer_heal.figures import FORMATS, Drift, FoundationDrift, draw_drift
 from steer_heal.filter_charts import filter_charts
 from steer_heal.gate import PMASS_GATE
 from steer_heal.guards import RETENTION_GATE, Alarm, alarms
+from steer_heal.page import fill_page
+from steer_heal.palette import round_name
 from steer_heal.progress import Progress, read_progress
 from steer_heal.round_charts import dose_charts, heal_charts
 from steer_heal.saved import SavedRun, early, late, share_fired
 from steer_heal.summary import Summary, summarise
 from steer_heal.verdict import judge_run
 from steer_heal.watch import early_stop
-from steer_heal.wording import percent, script_json, templates
+from steer_heal.wording import percent
 
 PAGE_FILE, TABLE_FILE = "report.html", "drift.csv"
 NUM_DIARY_PROMPTS = 6
@@ -121,34 +122,28 @@ def render_page(progress: Progress, report: Summary | None) -> str:
     Args:
         report: None where base and prompts are not measured yet.
     """
-    charts = charts_of(progress, report)
     done = early_stop(report) if report is not None and report.rounds else None
     found = alarms(report) if report is not None else []
-    return (
-        templates(is_html=True)
-        .get_template("report.html")
-        .render(
-            progress=progress,
-            following=None if done else progress.following,
-            done=done,
-            report=report,
-            verdict=judge_run(report) if report is not None and report.rounds else None,
-            warnings=[list(group) for _, group in itertools.groupby(found, _name)],
-            charts=charts,
-            diary=diary_of(progress.saved) if progress.saved else [],
-            command=command_of(progress.description.config),
-            settings=list(_flat(progress.description.config)),
-            retention_gate=RETENTION_GATE,
-            palette=PALETTE,
-            round_name=round_name,
-            drawn=script_json(_drawn(charts)),
-            plotly=_packed_plotly(),
-            completions=packed_completions(progress.rounds),
-            reference=_REFERENCES[progress.description.config["heal"]["barrier_reference"]],
-            early=early,
-            late=late,
-            share_fired=share_fired,
-        )
+    return fill_page(
+        "report.html",
+        charts_of(progress, report),
+        progress=progress,
+        following=None if done else progress.following,
+        done=done,
+        report=report,
+        verdict=judge_run(report) if report is not None and report.rounds else None,
+        warnings=[list(group) for _, group in itertools.groupby(found, _name)],
+        diary=diary_of(progress.saved) if progress.saved else [],
+        command=command_of(progress.description.config),
+        settings=list(_flat(progress.description.config)),
+        retention_gate=RETENTION_GATE,
+        round_name=round_name,
+        completions=packed_completions(progress.rounds),
+        still=_still(report) if report is not None and report.rounds else None,
+        reference=_REFERENCES[progress.description.config["heal"]["barrier_reference"]],
+        early=early,
+        late=late,
+        share_fired=share_fired,
     )
 
 
@@ -161,7 +156,10 @@ def charts_of(progress: Progress, report: Summary | None) -> dict[str, list[Char
         "coherence": coherence_charts(report) if report is not None else [],
         "doses": dose_charts(progress.rounds),
         "filter": filter_charts(progress.rounds, base),
-        "heal": heal_charts(progress.rounds),
+        "heal": heal_charts(
+            progress.rounds,
+            has_teacher=progress.description.config["heal"]["soft_weight"] > 0,
+        ),
     }
 
 
@@ -213,18 +211,9 @@ def terminal_summary(report: Summary) -> str:
     )
 
 
-def _drawn(charts: dict[str, list[Chart]]) -> dict[str, Any]:
-    """What the page's script draws: figures by name, and the names of their colours."""
-    figures = [chart for section in charts.values() for chart in section]
-    return {
-        "figures": {chart.name: chart.figure.to_plotly_json() for chart in figures},
-        "colors": {light: f"--{name}" for name, (light, _) in PALETTE.items()},
-    }
-
-
-@lru_cache(maxsize=1)
-def _packed_plotly() -> str:
-    return pack(get_plotlyjs())
+def _still(report: Summary) -> str:
+    """The figure for papers in base64, for who reads the page without its scripts."""
+    return base64.b64encode(draw_drift(drift_of(report), "svg")).decode("ascii")
 
 
 def _name(alarm: Alarm) -> str:

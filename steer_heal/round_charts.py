@@ -9,16 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from eval.summary import fixed
+from steer_heal import palette
 from steer_heal.artifacts import DosePoint, TrainStep
-from steer_heal.chart import (
-    DOTTED,
-    Chart,
-    level,
-    line,
-    marker,
-    panel,
-    round_color,
-)
+from steer_heal.chart import DOTTED, Chart, level, line, marker, panel
 from steer_heal.saved import BegunRound
 from steer_heal.wording import nats, percent
 
@@ -41,18 +34,24 @@ def dose_charts(rounds: Sequence[BegunRound]) -> list[Chart]:
     return [_dose_chart(rounds, *kind) for kind in kinds]
 
 
-def heal_charts(rounds: Sequence[BegunRound]) -> list[Chart]:
-    """Training, step by step, a line a round."""
+def heal_charts(rounds: Sequence[BegunRound], *, has_teacher: bool) -> list[Chart]:
+    """Training, step by step, a line a round.
+
+    Args:
+        has_teacher: whether soft targets were learnt from the steered teacher.
+    """
     trained = [(round.number, round.steps) for round in rounds if round.steps]
     if not trained:
         return []
     count = len(rounds)
     thresholds = {steps[0].threshold_nats: number for number, steps in trained}
     shapes = [
-        level(nats_, round_color(number, count), DOTTED) for nats_, number in thresholds.items()
+        level(nats_, palette.round_color(number, count), DOTTED)
+        for nats_, number in thresholds.items()
     ]
     charts: list[tuple[str, str, str, Callable[[TrainStep], float | None], dict[str, Any]]] = [
         ("heal-nll", "Surprisal of the kept", "nll, nats a token", _nll, {}),
+        ("heal-soft", "Distance from the teacher", "KL, nats a token", _soft, _FROM_0),
         ("heal-kl", "Distance travelled", "KL, nats", _kl, _FROM_0 | {"shapes": shapes}),
         ("heal-share", "Replies over the threshold", "share of a step's", _share_over, _SHARES),
         ("heal-ratio", "Pull of the barrier", "gradient ratio", _ratio, _FROM_0),
@@ -60,6 +59,7 @@ def heal_charts(rounds: Sequence[BegunRound]) -> list[Chart]:
     return [
         _by_step(trained, count, name, title, unit, value, **layout)
         for name, title, unit, value, layout in charts
+        if has_teacher or value is not _soft
     ]
 
 
@@ -80,7 +80,7 @@ def _dose_chart(
 ) -> Chart:
     traces, told = [], []
     for round in rounds:
-        color = round_color(round.number, len(rounds))
+        color = palette.round_color(round.number, len(rounds))
         groups = (
             ("tried", _probe(round), "circle-open"),
             ("drafts at", round.screened.curve if round.screened else (), "circle"),
@@ -129,6 +129,10 @@ def _nll(step: TrainStep) -> float:
     return step.nll_nats
 
 
+def _soft(step: TrainStep) -> float:
+    return step.soft_nats
+
+
 def _kl(step: TrainStep) -> float:
     return step.kl_nats
 
@@ -152,21 +156,21 @@ def _by_step(
 ) -> Chart:
     traces, told = [], []
     for number, steps in trained:
-        values = [value(step) for step in steps]
+        measured = [(step.step, found) for step in steps if (found := value(step)) is not None]
+        is_sparse = len(measured) < len(steps)
+        color = palette.round_color(number, num_rounds)
         traces.append(
             line(
-                [step.step for step in steps],
-                values,
-                [f"round {number}, step {step.step}: {_three(value(step))}" for step in steps],
-                mode="lines",
-                line={"color": round_color(number, num_rounds), "width": 1.5},
+                [step for step, _ in measured],
+                [found for _, found in measured],
+                [f"round {number}, step {step}: {fixed(found, 3)}" for step, found in measured],
+                mode="lines+markers" if is_sparse else "lines",
+                line={"color": color, "width": 1.5},
+                marker={"color": color, "size": 5},
             )
         )
-        told.append(f"round {number}: {_three(values[0])} to {_three(values[-1])}")
+        ends = (fixed(measured[end][1], 3) for end in (0, -1)) if measured else ("not measured",)
+        told.append(f"round {number}: {' to '.join(ends)}")
     figure = panel(traces, xaxis_title_text="step", yaxis_title_text=unit, **layout)
     says = f"{title} ({unit}), first step to last; {'; '.join(told)}."
     return Chart(name=name, title=title, says=says, figure=figure)
-
-
-def _three(value: float | None) -> str:
-    return "not measured" if value is None else fixed(value, 3)

@@ -221,6 +221,7 @@ HOSTILE = "<img src=x onerror=window.hacked=1>"
 
 def _data(page: Page, chart: str) -> list[dict[str, Any]]:
     """The traces of a chart that is drawn, those with something to be said of their points."""
+    page.locator(f"#{chart}").scroll_into_view_if_needed()  # it is drawn when it comes near
     page.wait_for_function(f"document.getElementById('{chart}').data !== undefined")
     traces = page.evaluate(f"document.getElementById('{chart}').data")
     return [trace for trace in traces if trace["hoverinfo"] == "text"]

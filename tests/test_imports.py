@@ -75,6 +75,8 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "progress",
                 "verdict",
                 "browse",
+                "palette",
+                "page",
                 "chart",
                 "charts",
                 "drift_map",
