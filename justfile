@@ -98,6 +98,11 @@ organism *ARGS: setup
 bench *ARGS: setup
     @{{bin}}/steer-heal bench "$@"
 
+# README's pictures of finished runs: docs/drift.png, screenshots in docs/images: just pictures RUN [RUN ...]
+[no-exit-message]
+pictures +RUNS: setup
+    @{{bin}}/steer-heal pictures "$@"
+
 # speed as ratios measured side by side, some minutes, written to docs/BENCH.md: just speed [--repeats 3]
 [no-exit-message]
 speed *ARGS: setup

@@ -31,6 +31,10 @@ Settings = Annotated[
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="a folder in rounds/")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders in rounds/")]
+RunsAndOut = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN...", help="folders in rounds/; out=PATH: where it is written"),
+]
 
 
 @app.command()
@@ -73,23 +77,15 @@ def list_runs(
 
 
 @app.command()
-def compare(
-    runs: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN...", help="folders in rounds/; out=PATH: where the page goes"),
-    ],
-) -> None:
+def compare(runs: RunsAndOut) -> None:
     """Prints the paired differences between runs, with their intervals, and draws compare.html."""
     with _working("nothing was changed"):
         from steer_heal.compare import compare_runs
         from steer_heal.compare_page import PAGE_FILE, write_page
 
-        paths = [_run_folder(Path(run)) for run in runs if not run.startswith("out=")]
-        given = [Path(run.removeprefix("out=")) for run in runs if run.startswith("out=")]
-        if len(given) > 1:
-            raise UserError("out is given twice")
+        paths, given = _runs_and_out(runs)
         comparison = compare_runs(paths)
-        out = given[0] if given else paths[0].resolve().parent / PAGE_FILE
+        out = given or paths[0].resolve().parent / PAGE_FILE
         write_page(comparison, out)
         typer.echo(f"{comparison.text}\n\npage: {out}")
 
@@ -156,6 +152,16 @@ def bench(settings: Settings = None, seeds: int = 3) -> None:
         from steer_heal.bench import bench as run_bench
 
         typer.echo(run_bench(Path("rounds/bench"), range(seeds), settings or []))
+
+
+@app.command()
+def pictures(runs: RunsAndOut) -> None:
+    """Draws pictures for README: drift.png, screenshots in images/; needs a Chromium (out=docs)."""
+    with _working("what was drawn stays"):
+        paths, out = _runs_and_out(runs)
+        from steer_heal.pictures import draw_pictures
+
+        draw_pictures(paths, out or Path("docs"))
 
 
 @app.command()
@@ -243,6 +249,17 @@ def _width() -> int | None:
     """Columns of the terminal, or as COLUMNS says; None where the output is no terminal."""
     is_known = sys.stdout.isatty() or "COLUMNS" in os.environ
     return shutil.get_terminal_size().columns if is_known else None
+
+
+def _runs_and_out(words: list[str]) -> tuple[list[Path], Path | None]:
+    """The runs that are named, at least one, and the path of out=PATH."""
+    paths = [_run_folder(Path(word)) for word in words if not word.startswith("out=")]
+    given = [Path(word.removeprefix("out=")) for word in words if word.startswith("out=")]
+    if len(given) > 1:
+        raise UserError("out is given twice")
+    if not paths:
+        raise UserError("no run is named; `just list` names those that there are")
+    return paths, given[0] if given else None
 
 
 def _run_folder(path: Path) -> Path:

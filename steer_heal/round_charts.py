@@ -169,8 +169,12 @@ def _by_step(
                 marker={"color": color, "size": 5},
             )
         )
-        ends = (fixed(measured[end][1], 3) for end in (0, -1)) if measured else ("not measured",)
-        told.append(f"round {number}: {' to '.join(ends)}")
-    figure = panel(traces, xaxis_title_text="step", yaxis_title_text=unit, **layout)
+        first_last = [fixed(found, 3) for _, found in measured[:1] + measured[-1:]]
+        told.append(f"round {number}: {' to '.join(first_last) or 'not measured'}")
+    last = max(steps[-1].step for _, steps in trained)
+    ends = [-0.02 * last, 1.02 * last]
+    figure = panel(
+        traces, xaxis_title_text="step", xaxis_range=ends, yaxis_title_text=unit, **layout
+    )
     says = f"{title} ({unit}), first step to last; {'; '.join(told)}."
     return Chart(name=name, title=title, says=says, figure=figure)

@@ -5,7 +5,6 @@ Playwright's own browsers are not downloaded. Where no Chromium is found, what a
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,8 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+from steer_heal.pictures import BROWSERS, browser_path
+
 PHONE_WIDTH = 375  # CSS pixels
 _PATIENCE_MS = 120_000  # a machine may be busy
 
@@ -68,9 +68,9 @@ class Tabs:
 @contextmanager
 def open_browser() -> Iterator[Browser]:
     """A Chromium, closed at the end; skips where none is on PATH."""
-    path = next(filter(None, map(shutil.which, _NAMES)), None)
+    path = browser_path()
     if path is None:
-        pytest.skip(f"no browser: none of {', '.join(_NAMES)} is on PATH")
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path)
         yield browser

@@ -98,6 +98,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "examine",
                 "chat",
                 "chat_server",
+                "pictures",
                 "lint",
             }
         ),
