@@ -23,7 +23,7 @@ from loguru import logger
 
 from eval.errors import UserError
 from eval.files import write_bytes
-from steer_heal.compare import compare_runs
+from steer_heal.compare import Comparison, compare_runs
 from steer_heal.compare_page import write_page
 from steer_heal.figures import draw_drift
 from steer_heal.progress import read_progress
@@ -59,12 +59,13 @@ def draw_pictures(runs: Sequence[Path], out: Path) -> list[Path]:
             "(Debian: apt-get install chromium)"
         )
     saved = read_saved_run(runs[0])
+    comparison = compare_runs(list(runs)) if len(runs) > 1 else None
     (out / "images").mkdir(parents=True, exist_ok=True)
     write_bytes(out / "drift.png", draw_drift(drift_of(summarise(saved)), "png"))
     drawn = [out / "drift.png"]
     with sync_playwright() as playwright, TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(executable_path=path)
-        for name, picture in _pictures(browser, saved, runs, Path(folder)):
+        for name, picture in _pictures(browser, saved, comparison, Path(folder)):
             drawn.append(out / "images" / f"{name}.png")
             write_bytes(drawn[-1], _in_few_colors(picture))
         browser.close()
@@ -79,7 +80,7 @@ def browser_path() -> str | None:
 
 
 def _pictures(
-    browser: Browser, saved: SavedRun, runs: Sequence[Path], folder: Path
+    browser: Browser, saved: SavedRun, comparison: Comparison | None, folder: Path
 ) -> Iterator[tuple[str, bytes]]:
     """Name and PNG of each.
 
@@ -94,8 +95,8 @@ def _pictures(
         yield "report-dark", _picture(dark, "#filtered", "#healing")
     with _opened(browser, page.as_uri(), is_phone=True) as phone:
         yield "report-phone", phone.screenshot()
-    if len(runs) > 1:
-        write_page(compare_runs(list(runs)), folder / "compare.html")
+    if comparison is not None:
+        write_page(comparison, folder / "compare.html")
         with _opened(browser, (folder / "compare.html").as_uri()) as compared:
             yield "compare", _picture(compared, "header", "#last")
     with _served(saved.path) as address, _opened(browser, address) as chat:
