@@ -2,57 +2,34 @@
 
 Every artifact is frozen and keyword-only. `save` writes files into a folder, `load` reads them
 back, `digest` is a hash of the content; `files` are the names, which are also the order of writing.
-Only safetensors and JSON are ever loaded.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from eval.coherence import Surprisal, TextFigures
 from eval.files import digest_of
 from eval.forced_choice import ForcedChoiceRow
 from eval.neutral import NeutralRow
 from eval.tasks import TaskRow
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-_Line = TypeVar("_Line", bound=_Record)
-
-
-class _Artifact(_Record):
-    """A record that a stage leaves behind."""
-
-    stage: ClassVar[str]
-    files: ClassVar[tuple[str, ...]]
-
-    def digest(self) -> str:
-        return digest_of([self.model_dump_json()])
-
-
-class _JsonArtifact(_Artifact):
-    """An artifact that is one JSON file."""
-
-    def save(self, folder: Path) -> None:
-        _write_json(folder / self.files[0], self.model_dump())
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        return cls.model_validate_json((folder / cls.files[0]).read_text(encoding="utf-8"))
-
+from steer_heal.records import (
+    Artifact,
+    JsonArtifact,
+    Record,
+    read_lines,
+    read_tensors,
+    write_lines,
+    write_record,
+    write_tensors,
+)
 
 # ------------------------------------------------------------------------------------------ steer
 
@@ -83,10 +60,10 @@ class SteeringVector:
 
     def save(self, folder: Path) -> None:
         tensors = {"directions": self.directions.contiguous()}
-        _write_tensors(folder / "vector.safetensors", tensors)
+        write_tensors(folder / "vector.safetensors", tensors)
         meta = {key: value for key, value in vars(self).items() if key != "directions"}
         meta |= {"operation": "add", "site": "decoder layer output", "token": "last prompt token"}
-        _write_json(folder / "vector.json", meta)
+        write_record(folder / "vector.json", meta)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -94,14 +71,14 @@ class SteeringVector:
         for constant in ("operation", "site", "token"):
             meta.pop(constant)
         lists = {key: tuple(value) for key, value in meta.items() if isinstance(value, list)}
-        directions = _read_tensors(folder / "vector.safetensors")["directions"]
+        directions = read_tensors(folder / "vector.safetensors")["directions"]
         return cls(directions=directions, **(meta | lists))
 
     def digest(self) -> str:
         return digest_of([self.directions.numpy().tobytes().hex(), repr(self.band)])
 
 
-class DosePoint(_Record):
+class DosePoint(Record):
     """One point of a dose curve."""
 
     dose: float  # multiples of the raw vector
@@ -112,7 +89,7 @@ class DosePoint(_Record):
     commonest_drop: str | None  # the criterion that most of its completions fail; None: none does
 
 
-class Doses(_JsonArtifact):
+class Doses(JsonArtifact):
     """What a round steers with."""
 
     doses: tuple[float, ...]  # multiples of the raw vector, at least one
@@ -126,7 +103,7 @@ class Doses(_JsonArtifact):
     files: ClassVar[tuple[str, ...]] = ("probe.json",)
 
 
-class Completion(_Record):
+class Completion(Record):
     """One sampled completion, with where it comes from."""
 
     prompt_index: int  # in the trait's prompts
@@ -140,7 +117,7 @@ class Completion(_Record):
     kl_p95_nats: float | None  # over tokens, KL(steered || student); None: not measured on this one
 
 
-class Completions(_Artifact):
+class Completions(Artifact):
     """The drafts of a round."""
 
     rows: tuple[Completion, ...]
@@ -149,17 +126,17 @@ class Completions(_Artifact):
     files: ClassVar[tuple[str, ...]] = ("drafts.jsonl",)
 
     def save(self, folder: Path) -> None:
-        _write_lines(folder / "drafts.jsonl", self.rows)
+        write_lines(folder / "drafts.jsonl", self.rows)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        return cls(rows=_read_lines(folder / "drafts.jsonl", Completion))
+        return cls(rows=read_lines(folder / "drafts.jsonl", Completion))
 
 
 # ----------------------------------------------------------------------------------------- filter
 
 
-class TextLimit(_Record):
+class TextLimit(Record):
     """What a text's figure may be."""
 
     low: float | None  # at least; None: however low
@@ -167,7 +144,7 @@ class TextLimit(_Record):
     high: float  # at most
 
 
-class TextLimits(_Record):
+class TextLimits(Record):
     """The limits of `TextFigures`, by their names."""
 
     word_repetition: TextLimit
@@ -179,7 +156,7 @@ class TextLimits(_Record):
     odd_word_share: TextLimit
 
 
-class Limits(_JsonArtifact):
+class Limits(JsonArtifact):
     """What the base's own unsteered completions look like: the gates of the filter."""
 
     num_completions: int
@@ -208,7 +185,7 @@ class ScreenedCompletion(Completion):
     dropped: str | None  # the first criterion it failed; None: kept
 
 
-class Screened(_Artifact):
+class Screened(Artifact):
     """All drafts of a round, screened."""
 
     rows: tuple[ScreenedCompletion, ...]
@@ -237,14 +214,14 @@ class Screened(_Artifact):
         return sum(row.dose for row in self.kept) / len(self.kept)
 
     def save(self, folder: Path) -> None:
-        _write_lines(folder / "completions.jsonl", self.rows)
-        _write_json(folder / "dose.json", [point.model_dump() for point in self.curve])
+        write_lines(folder / "completions.jsonl", self.rows)
+        write_record(folder / "dose.json", [point.model_dump() for point in self.curve])
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         curve = json.loads((folder / "dose.json").read_text(encoding="utf-8"))
         return cls(
-            rows=_read_lines(folder / "completions.jsonl", ScreenedCompletion),
+            rows=read_lines(folder / "completions.jsonl", ScreenedCompletion),
             curve=tuple(DosePoint.model_validate(point) for point in curve),
         )
 
@@ -252,7 +229,7 @@ class Screened(_Artifact):
 # ------------------------------------------------------------------------------------------- heal
 
 
-class TrainStep(_Record):
+class TrainStep(Record):
     """One optimizer step of the heal stage."""
 
     step: int
@@ -297,9 +274,9 @@ class RoundAdapter:
 
     def save(self, folder: Path) -> None:
         (folder / "adapter").mkdir(exist_ok=True)
-        _write_tensors(folder / "adapter" / "adapter_model.safetensors", self.weights)
-        _write_json(folder / "adapter" / "adapter_config.json", dict(self.config))
-        _write_lines(folder / "train.jsonl", self.steps)
+        write_tensors(folder / "adapter" / "adapter_model.safetensors", self.weights)
+        write_record(folder / "adapter" / "adapter_config.json", dict(self.config))
+        write_lines(folder / "train.jsonl", self.steps)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -307,8 +284,8 @@ class RoundAdapter:
         return cls(
             name=f"r{folder.name.rpartition('-')[2]}",
             config=json.loads(config),
-            weights=_read_tensors(folder / "adapter" / "adapter_model.safetensors"),
-            steps=_read_lines(folder / "train.jsonl", TrainStep),
+            weights=read_tensors(folder / "adapter" / "adapter_model.safetensors"),
+            steps=read_lines(folder / "train.jsonl", TrainStep),
         )
 
     def digest(self) -> str:
@@ -321,7 +298,7 @@ class RoundAdapter:
 # --------------------------------------------------------------------------------------- evaluate
 
 
-class ReplyRow(_Record):
+class ReplyRow(Record):
     """One sampled reply to a held-out prompt."""
 
     prompt_index: int  # in the trait's held-out prompts
@@ -332,7 +309,7 @@ class ReplyRow(_Record):
     surprisal: Surprisal  # under the base, no system prompt
 
 
-class SecondReplyRow(_Record):
+class SecondReplyRow(Record):
     """One sampled reply to a second user turn, after the first reply to a held-out prompt."""
 
     prompt_index: int  # in the trait's held-out prompts; the first reply is its sample 0
@@ -341,7 +318,7 @@ class SecondReplyRow(_Record):
     surprisal: Surprisal  # under the base, after both turns, no system prompt
 
 
-class ConditionEval(_Record):
+class ConditionEval(Record):
     """One condition (base, prompted, random, steered, healed ...) on the held-out items."""
 
     condition: str
@@ -355,7 +332,7 @@ class ConditionEval(_Record):
     neutral: tuple[NeutralRow, ...]  # the same fixed text in every condition
 
 
-class Controls(_Artifact):
+class Controls(Artifact):
     """The conditions that do not change from round to round, evaluated once."""
 
     base: ConditionEval
@@ -373,7 +350,7 @@ class Controls(_Artifact):
 
     def save(self, folder: Path) -> None:
         for file, value in zip(self.files, self.model_dump().values(), strict=True):
-            _write_json(folder / file, value)
+            write_record(folder / file, value)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -382,7 +359,7 @@ class Controls(_Artifact):
         return cls.model_validate_json(f"{{{', '.join(fields)}}}")  # 4 times as fast as by objects
 
 
-class Unbarred(_JsonArtifact):
+class Unbarred(JsonArtifact):
     """What the barrier is for: the first round healed without it, from the same completions."""
 
     healed: ConditionEval  # the base and the adapter so trained, which is in no stack
@@ -392,7 +369,7 @@ class Unbarred(_JsonArtifact):
     files: ClassVar[tuple[str, ...]] = ("unbarred.json",)
 
 
-class RoundEval(_JsonArtifact):
+class RoundEval(JsonArtifact):
     """What a round came to."""
 
     steered: ConditionEval  # the student before this round, steered at the kept completions' dose
@@ -401,34 +378,3 @@ class RoundEval(_JsonArtifact):
 
     stage: ClassVar[str] = "eval"
     files: ClassVar[tuple[str, ...]] = ("eval.json",)
-
-
-# ------------------------------------------------------------------------------------------ files
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    # Not save_file: on a full disk it raises an error of its own instead of an OSError. One key of
-    # metadata, no more: safetensors writes several in random order, and bytes must be the same.
-    path.write_bytes(save(dict(tensors), {"format": "pt"}))
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:  # of no common base with other errors
-        raise ValueError(f"{path.name} is truncated or corrupt: {error}") from error
-
-
-def _write_lines(path: Path, rows: Iterable[BaseModel]) -> None:
-    path.write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
-
-
-def _read_lines(path: Path, kind: type[_Line]) -> tuple[_Line, ...]:
-    # not splitlines: a completion may hold U+2028 or U+0085, which JSON leaves as they are
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    return tuple(kind.model_validate_json(line) for line in lines if line)
