@@ -103,7 +103,7 @@ bench *ARGS: setup
 pictures +RUNS: setup
     @{{bin}}/steer-heal pictures "$@"
 
-# speed as ratios measured side by side, some minutes, written to docs/BENCH.md: just speed [--repeats 3]
+# speed as ratios side by side, some minutes, to docs/BENCH.md: just speed [--only ROW] [--run RUN]
 [no-exit-message]
 speed *ARGS: setup
     @{{bin}}/python -m steer_heal.speed "$@"

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from eval.chat import chat_ids
-from eval.sampling import sample_replies
+from eval.sampling import Reply, sample_replies
 from steer_heal.artifacts import Completion, SteeringVector
 from steer_heal.config import GenerateConfig
 from steer_heal.hooks import add_vector
@@ -45,19 +45,7 @@ def sample_steered(
         label: of the progress bar.
     """
     prompts = [chat_ids(student.tokenizer, trait.prompts[index]) for index in prompt_indices]
-    with student.running() as model:
-        replies = sample_replies(
-            model,
-            student.tokenizer,
-            prompts,
-            seed=seed,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            batch_size=config.batch_size,
-            around_batch=lambda rows: _steered(student, vector, [doses[row] for row in rows]),
-            kinds=doses,  # a prompt is steered, too: its cache is that of a dose
-            label=label,
-        )
+    replies = steered_replies(student, vector, prompts, doses, config, seed, label)
     ids = [reply.token_ids for reply in replies]
     kl = _kl_p95_nats(student, vector, prompts, ids, doses, config.batch_size)
     return tuple(
@@ -74,6 +62,35 @@ def sample_steered(
         )
         for row, index in enumerate(prompt_indices)
     )
+
+
+def steered_replies(
+    student: Student,
+    vector: SteeringVector,
+    prompts: Sequence[Sequence[int]],
+    doses: Sequence[float],
+    config: GenerateConfig,
+    seed: int,
+    label: str | None,
+) -> list[Reply]:
+    """A reply a row, each prompt and reply steered at the row's own dose.
+
+    Args:
+        prompts: token ids up to the assistant tag, [rows][tokens].
+    """
+    with student.running() as model:
+        return sample_replies(
+            model,
+            student.tokenizer,
+            prompts,
+            seed=seed,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            batch_size=config.batch_size,
+            around_batch=lambda rows: _steered(student, vector, [doses[row] for row in rows]),
+            kinds=doses,  # a prompt is steered, too: its cache is that of a dose
+            label=label,
+        )
 
 
 def _kl_p95_nats(
