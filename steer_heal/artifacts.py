@@ -125,12 +125,26 @@ class Completions(Artifact):
     stage: ClassVar[str] = "drafts"
     files: ClassVar[tuple[str, ...]] = ("drafts.jsonl",)
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
     def save(self, folder: Path) -> None:
         write_lines(folder / "drafts.jsonl", self.rows)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         return cls(rows=read_lines(folder / "drafts.jsonl", Completion))
+
+
+class BatchSizes(JsonArtifact):
+    """Rows at a time, where they were left to what fits into memory."""
+
+    generate: int
+    evaluate: int
+
+    stage: ClassVar[str] = "batches"
+    files: ClassVar[tuple[str, ...]] = ("batches.json",)
 
 
 # ----------------------------------------------------------------------------------------- filter

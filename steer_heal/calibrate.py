@@ -36,7 +36,7 @@ def calibrate(
             seed=seed,
             max_new_tokens=generate.max_new_tokens,
             temperature=generate.temperature,
-            batch_size=generate.batch_size,
+            batch_size=generate.rows_at_a_time,
             label="calibration",
         )
         ids = [reply.token_ids for reply in replies]

@@ -15,6 +15,7 @@ from eval.errors import UserError
 from eval.forced_choice import digit_ids
 from eval.sampling import stop_token_ids
 from eval.suite import ForcedChoiceSuite, load_suite
+from steer_heal.batch_sizes import TEMPLATE_TOKENS, longest
 from steer_heal.case import TEXTS, Case, Finding
 from steer_heal.head import completion_logits
 from steer_heal.hooks import add_vector
@@ -23,7 +24,6 @@ from steer_heal.model import num_millions
 from steer_heal.reach import EXPERTS, has_fused_experts
 from steer_heal.stack import attach, detach, lora_config, only
 
-_TEMPLATE_TOKENS = 64  # of markers, and a default system prompt, around a prompt
 _SLOW_LAYERS = ("linear_attention", "mamba")
 _KERNELS = ("fla", "causal_conv1d")
 
@@ -193,8 +193,7 @@ def _fresh_adapter(case: Case, name: str) -> Finding:
 
 
 def _memory(case: Case, name: str) -> Finding:
-    prompt = max(len(text_ids(case.tokenizer, text)) for text in case.trait.prompts)
-    tokens, config = prompt + _TEMPLATE_TOKENS, case.config
+    tokens, config = longest(case.tokenizer, case.trait.prompts) + TEMPLATE_TOKENS, case.config
     need = estimate_memory(case.student, case.reach.modules, tokens, config.generate, config.heal)
     tight = need.device_total is not None and need.run > need.device_total
     advice = "smaller generate.batch_size and heal.batch_size, or a smaller model" if tight else ""

@@ -62,7 +62,7 @@ def measure_condition(
         layers = [student.loaded.layers[index] for index in steering.band]
         added = add_vector(layers, steering.directions, torch.tensor([steering.dose]))
     with student.running() as model, added:
-        batch_size, tokenizer = config.batch_size, student.tokenizer
+        batch_size, tokenizer = config.rows_at_a_time, student.tokenizer
         choice = forced_choice(model, tokenizer, choices, system, batch_size, f"{name}: vignettes")
         task_rows = solve_tasks(
             model, tokenizer, tasks, system, batch_size=batch_size, label=f"{name}: tasks"
@@ -120,7 +120,7 @@ def _sample(
         [prompt for prompt in prompts for _ in range(config.samples_per_prompt)],
         seed=seed,
         max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
+        batch_size=config.rows_at_a_time,
         label=f"{name}: replies",
     )
 
@@ -164,7 +164,7 @@ def _sample_seconds(
         [[*chat_ids(tokenizer, each.prompt, system), *each.following_ids] for each in dialogues],
         seed=_second_seed(seed),
         max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
+        batch_size=config.rows_at_a_time,
         label=f"{name}: second replies",
     )
     return [reply.token_ids for reply in replies]
@@ -184,7 +184,7 @@ def _score(
 ) -> tuple[ReplyRow, ...]:
     samples = config.samples_per_prompt
     turns = [prompt for prompt in trait.held_out_prompts for _ in range(samples)]
-    judged = _judge(student, trait, turns, replies, config.batch_size, None, with_enactment)
+    judged = _judge(student, trait, turns, replies, config.rows_at_a_time, None, with_enactment)
     return tuple(
         ReplyRow(
             prompt_index=row // samples,
@@ -207,7 +207,7 @@ def _score_seconds(
 ) -> tuple[SecondReplyRow, ...]:
     prompts = [each.prompt for each in dialogues]
     followings = [each.following_ids for each in dialogues]
-    judged = _judge(student, trait, prompts, replies, config.batch_size, followings)
+    judged = _judge(student, trait, prompts, replies, config.rows_at_a_time, followings)
     return tuple(
         SecondReplyRow(
             prompt_index=index, text=one.text, enacted=one.enacted, surprisal=one.surprisal

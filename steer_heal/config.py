@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
+    PositiveInt,
     field_validator,
     model_validator,
 )
@@ -60,6 +61,14 @@ FREE = ("rounds", "patience", "folder", "device", "cache")  # may change in a ru
 
 Band = Annotated[tuple[float, float], AfterValidator(_require_band)]
 Grid = Annotated[tuple[float, float], AfterValidator(_require_grid)]
+
+
+BatchSize = Literal["auto"] | PositiveInt
+
+
+def _settled(batch_size: BatchSize) -> int:
+    assert batch_size != "auto", "a run settles it before its first stage"
+    return batch_size
 
 
 class VectorConfig(Settings):
@@ -114,8 +123,12 @@ class GenerateConfig(Settings):
     """Longest completion, tokens."""
     temperature: float = Field(1.0, gt=0)
     """Softmax temperature; 1 samples from the model as it is."""
-    batch_size: int = Field(64, ge=1)
-    """Completions sampled at a time."""
+    batch_size: BatchSize = 64
+    """Completions sampled at a time; auto: as many as fit into memory, up to 256, chosen once."""
+
+    @property
+    def rows_at_a_time(self) -> int:
+        return _settled(self.batch_size)
 
     @field_validator("doses", mode="before")
     @classmethod
@@ -209,8 +222,12 @@ class EvaluateConfig(Settings):
     """Held-out prompts, at most, at which a second user turn follows the first reply, once."""
     max_new_tokens: int = Field(96, ge=1)
     """Longest reply, tokens."""
-    batch_size: int = Field(64, ge=1)
-    """Rows a forward pass."""
+    batch_size: BatchSize = 64
+    """Rows a forward pass; auto: as many as fit into memory, up to 256, chosen once a run."""
+
+    @property
+    def rows_at_a_time(self) -> int:
+        return _settled(self.batch_size)
 
 
 class RunConfig(Settings):
@@ -273,12 +290,12 @@ def preset_organism() -> dict[str, Any]:
 
 
 def preset_hub() -> dict[str, Any]:
-    """Real models of 0.5 to 8 B parameters: a dose for each, longer replies, smaller batches."""
+    """Real models of 0.5 to 8 B parameters: doses and batches found, longer replies."""
     return {
         "trait": "care-over-authority",
-        "generate": {"doses": "auto", "max_new_tokens": 128, "batch_size": 16},
+        "generate": {"doses": "auto", "max_new_tokens": 128, "batch_size": "auto"},
         "filter": {"batch_size": 8},
-        "evaluate": {"samples_per_prompt": 2, "max_new_tokens": 128, "batch_size": 16},
+        "evaluate": {"samples_per_prompt": 2, "max_new_tokens": 128, "batch_size": "auto"},
     }
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from eval.errors import UserError
 from eval.files import write_json
+from steer_heal.batch_sizes import settled
 from steer_heal.case import Case, Finding
 from steer_heal.checks import CHECKS
 from steer_heal.config import RunConfig, resolve_config
@@ -85,7 +86,7 @@ def admit(student: Student, trait: Trait, config: RunConfig) -> Checkup:
 
 def check_up(student: Student, trait: Trait, config: RunConfig) -> Checkup:
     """Looks over a model without adapters, for a run with this config; it is left as it was."""
-    case = Case(student=student, trait=trait, config=config)
+    case = Case(student=student, trait=trait, config=settled(student, trait, config))
     findings = tuple(_checked(name, check, case) for name, check in CHECKS.items())
     return Checkup(weights_hash=student.loaded.weights_hash, findings=findings)
 

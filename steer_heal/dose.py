@@ -96,7 +96,7 @@ def _carried(
         return 0.0
     prompts = [chat_ids(student.tokenizer, prompt) for prompt in trait.prompts]
     after, before = (
-        last_states(one, prompts, config.batch_size, "doses").mean(0)
+        last_states(one, prompts, config.rows_at_a_time, "doses").mean(0)
         for one in (student, student.base)
     )
     shift, band = (after - before)[list(vector.band)], vector.band_directions  # [band, hidden]

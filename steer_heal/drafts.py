@@ -47,7 +47,7 @@ def sample_steered(
     prompts = [chat_ids(student.tokenizer, trait.prompts[index]) for index in prompt_indices]
     replies = steered_replies(student, vector, prompts, doses, config, seed, label)
     ids = [reply.token_ids for reply in replies]
-    kl = _kl_p95_nats(student, vector, prompts, ids, doses, config.batch_size)
+    kl = _kl_p95_nats(student, vector, prompts, ids, doses, config.rows_at_a_time)
     return tuple(
         Completion(
             prompt_index=index,
@@ -86,7 +86,7 @@ def steered_replies(
             seed=seed,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
-            batch_size=config.batch_size,
+            batch_size=config.rows_at_a_time,
             around_batch=lambda rows: _steered(student, vector, [doses[row] for row in rows]),
             kinds=doses,  # a prompt is steered, too: its cache is that of a dose
             label=label,

@@ -44,7 +44,9 @@ def evaluate_controls(
     """Base, both prompts and random directions, on the first round's student, the base."""
     base = student.base
     measure = partial(measure_condition, student=base, trait=trait, config=config, seed=seed)
-    directions = random_steerings(base, vector, kept, config.batch_size, config.num_random, seed)
+    directions = random_steerings(
+        base, vector, kept, config.rows_at_a_time, config.num_random, seed
+    )
     return Controls(
         base=measure("base", with_enactment=True),
         prompted=measure("prompted", system=trait.positive),
@@ -66,7 +68,7 @@ def evaluate_round(
     seed: int,
 ) -> RoundEval:
     """The student before the round, steered, and the student after it."""
-    steering = vector_steering(student, vector, kept, config.batch_size)
+    steering = vector_steering(student, vector, kept, config.rows_at_a_time)
     return RoundEval(
         steered=measure_condition(
             "steered", student, trait, _fewer(config), seed, steering=steering
@@ -88,7 +90,7 @@ def _internalised(
     """Cosine of the vector with the shift of the hidden state from base, mean over the band."""
     prompts = [chat_ids(healed.tokenizer, prompt) for prompt in trait.held_out_prompts]
     after, before = (
-        last_states(student, prompts, config.batch_size, "hidden states").mean(0)
+        last_states(student, prompts, config.rows_at_a_time, "hidden states").mean(0)
         for student in (healed, healed.base)
     )
     shift = (after - before)[list(vector.band)]  # [band layers, hidden]

@@ -22,6 +22,7 @@ from eval.errors import UserError
 from eval.files import write_json
 from eval.statistics import Interval, mean_interval
 from eval.summary import fixed
+from steer_heal.batch_sizes import settled
 from steer_heal.condition import measure_replies
 from steer_heal.config import RunConfig
 from steer_heal.model import Student, load_student
@@ -111,7 +112,9 @@ def _judge_run(saved: SavedRun, samples: int) -> Judgement:
     number = best.number if best is not None else len(saved.rounds)
     run = Run(saved.path, config.seed)
     healed = load_student(config.model, run.last_stack()[:number], config.device)
-    evaluate = config.evaluate.model_copy(update={"samples_per_prompt": samples})
+    evaluate = settled(healed, saved.trait, config).evaluate.model_copy(
+        update={"samples_per_prompt": samples}
+    )
 
     def judged(name: str, student: Student, system: str | None = None) -> Judged:
         seed = run.seed("judge")

@@ -15,6 +15,7 @@ from steer_heal.artifacts import (
     SteeringVector,
     Unbarred,
 )
+from steer_heal.batch_sizes import settle_batches
 from steer_heal.cache import open_cache
 from steer_heal.calibrate import calibrate
 from steer_heal.config import FREE, RunConfig
@@ -51,6 +52,7 @@ def run_rounds(config: RunConfig, path: Path) -> None:
 def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
     fixed = config.model_dump(exclude={*FREE, "run"})
     run.once(Checkup, lambda *_: admit(student, trait, config), student, trait, fixed)
+    config = settle_batches(run, student, trait, config)
     given = take_vector(run, student, config.vector)
     for adapter in run.last_stack():
         student = student.grown(adapter)

@@ -37,7 +37,7 @@ _BOTH_SIDES = """\
   its cache on, the same hook on, sampling at temperature 1 to the same limit. Random weights hardly
   ever end a reply, the embedded model ends after 38 tokens in the mean.
 - **a decoding step**: ours has attention, norms, hook, sampling, and the reading of one prompt that
-  all rows share, over 8 steps. The products are the model's own linear modules on as many rows.
+  all rows share, over 16 steps. The products are the model's own linear modules on as many rows.
 - **replies, logits**: both ways are ours; the other reads a prompt again for every reply to it.
 - **vignettes**: one at a time is `generate` for the think of each frame, greedy, then a forward
   pass over the whole row.

@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from eval.chat import chat_ids
 from eval.coherence import Surprisal, TextFigures
 from steer_heal.artifacts import Screened, ScreenedCompletion, SteeringVector
+from steer_heal.batch_sizes import settled
 from steer_heal.config import ORGANISM, RunConfig, VectorConfig, resolve_config
 from steer_heal.drafts import sample_steered
 from steer_heal.model import Student, load_student
@@ -112,7 +113,7 @@ def subject(
         student=student,
         vector=extract_vector(student, trait, vector, seed=0),
         trait=trait,
-        config=config,
+        config=settled(student, trait, config),
     )
 
 

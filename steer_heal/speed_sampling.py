@@ -22,12 +22,13 @@ from eval.suite import ForcedChoiceSuite, load_suite
 from eval.think import Thinking
 from steer_heal.drafts import steered_replies
 from steer_heal.hooks import add_vector
+from steer_heal.memory import rows_that_fit
 from steer_heal.side_by_side import Row, Work
 from steer_heal.speed_models import Models, Subject
 from steer_heal.vector import extract_vector
 
 _DOSE = 0.4
-_STEPS = 8  # of decoding, timed
+_STEPS = 16  # of decoding, timed
 
 
 def sampling_rows(models: Models) -> list[Row]:
@@ -37,14 +38,14 @@ def sampling_rows(models: Models) -> list[Row]:
             what="tokens of 384 steered drafts, embedded model",
             against="one at a time",
             asked=14,
-            ways=lambda: drafts_ways(models.embedded, 256, 384, 12, 96),
+            ways=lambda: drafts_ways(models.embedded, 384, 12, 96),
         ),
         Row(
             name="drafts-512",
             what="tokens of 128 steered drafts, 6 layers of 512",
             against="one at a time",
             asked=9,
-            ways=lambda: drafts_ways(models.wide, 128, 128, 3, 64),
+            ways=lambda: drafts_ways(models.wide, 128, 3, 64),
         ),
         Row(
             name="decode",
@@ -92,12 +93,16 @@ def sampling_rows(models: Models) -> list[Row]:
 
 
 def drafts_ways(
-    given: Subject, batch_size: int, count: int, count_alone: int, max_new_tokens: int
+    given: Subject, count: int, count_alone: int, max_new_tokens: int
 ) -> tuple[Work, Work]:
-    """Tokens of steered replies: prompts and two doses in turn, or one dose and one at a time."""
+    """Tokens of steered replies, as many at a time as `auto` takes, or one at a time.
+
+    Prompts and two doses in turn; alone, one dose.
+    """
     doses, prompts = (_DOSE - 0.05, _DOSE + 0.05), given.prompts
     many = [prompts[(draft // len(doses)) % len(prompts)] for draft in range(count)]
-    changes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    fitting = rows_that_fit(given.student, max(map(len, prompts)), max_new_tokens)
+    changes = {"batch_size": fitting, "max_new_tokens": max_new_tokens}
     config = given.config.generate.model_copy(update=changes)
 
     def together() -> int:

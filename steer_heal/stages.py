@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 from loguru import logger
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
@@ -46,6 +46,14 @@ class Artifact(Protocol):
     def load(cls, folder: Path) -> Self: ...
 
 
+@runtime_checkable
+class Sampled(Protocol):
+    """What a stage that samples leaves behind."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
 Value = TypeVar("Value", bound=Artifact)
 
 
@@ -79,6 +87,7 @@ class Stages:
         self.cache = cache  # of stages that other runs have made already
         self._seed_path = seed_path
         self.spent_s: dict[str, float] = {}  # wall time of each stage that ran in this process
+        self.sampled: dict[str, int] = {}  # tokens, of those that sample
 
     def seed(self, stage: str) -> int:
         """Seed of a stage's draws, from (run, round, stage): 31 bits."""
@@ -95,7 +104,10 @@ class Stages:
                 logger.info("{}: {}, from the cache", self.label, name)
             else:
                 logger.info("{}: {}", self.label, name)
-                self._write(kind, stage(*inputs), fingerprint)
+                value = stage(*inputs)
+                if isinstance(value, Sampled):
+                    self.sampled[name] = value.num_tokens
+                self._write(kind, value, fingerprint)
             self.spent_s[name] = time.monotonic() - start
         elif recorded.inputs != fingerprint:
             raise UserError(
@@ -106,11 +118,22 @@ class Stages:
         return self.read(kind)
 
     def by_stage(self) -> str:
-        """Where the time went, the longest first, as `drafts 8.1 s (45 %), eval 6.0 s (33 %)`."""
+        """Where the time went, the longest first; of what samples, how fast.
+
+        As `drafts 8.1 s (45 %, 1799 tokens/s), eval 6.0 s (33 %)`.
+        """
         whole = sum(self.spent_s.values())
         longest = sorted(self.spent_s.items(), key=lambda item: -item[1])
-        shares = [f"{name} {spent:.1f} s ({spent / whole:.0%})" for name, spent in longest]
+        shares = [
+            f"{name} {spent:.1f} s ({spent / whole:.0%}{self._rate(name)})"
+            for name, spent in longest
+        ]
         return ", ".join(shares) or "no time: all its stages were there"
+
+    def _rate(self, name: str) -> str:
+        if name not in self.sampled:
+            return ""
+        return f", {self.sampled[name] / self.spent_s[name]:.0f} tokens/s"
 
     def read(self, kind: type[Value]) -> Value:
         """A recorded artifact, checked against its recorded hashes.

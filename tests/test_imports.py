@@ -41,6 +41,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "head",
                 "reach",
                 "memory",
+                "batch_sizes",
                 "case",
                 "checks",
                 "servable",

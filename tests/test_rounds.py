@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import re
 import time
@@ -297,6 +298,9 @@ def test_where_the_time_went_is_said_by_stage_the_longest_first(tmp_path: Path) 
         r"limits 0\.[34] s \((\d+)%\), drafts 0\.1 s \((\d+)%\)", round.by_stage()
     )
     assert shares is not None and shares.groups() == ("75", "25")
+    round.sampled["drafts"] = 50
+    rate = re.search(r"drafts 0\.1 s \(25%, (\d+) tokens/s\)", round.by_stage())
+    assert rate is not None and int(rate[1]) == builtins.round(50 / round.spent_s["drafts"])
     again = Run(tmp_path, 0).round(0)
     again.once(Limits, slow)
     assert again.spent_s == {}

@@ -71,7 +71,7 @@ def test_both_sides_do_the_same_number(tiny_subject: Subject) -> None:
     ours, other = heal_ways(tiny_subject, kept, soft_weight=3.0)
     assert ours() == other() == 2 * math.ceil(8 / tiny_subject.config.heal.batch_size)
     ours, other = decode_ways(tiny_subject, num_rows=3)
-    assert ours() == other() == 8
+    assert ours() == other() == 16
 
 
 def test_reading_a_prompt_anew_says_the_same(tiny_subject: Subject) -> None:
@@ -80,7 +80,7 @@ def test_reading_a_prompt_anew_says_the_same(tiny_subject: Subject) -> None:
 
 
 def test_drafts_are_counted_in_tokens_that_were_sampled(tiny_subject: Subject) -> None:
-    ours, other = drafts_ways(tiny_subject, batch_size=4, count=6, count_alone=2, max_new_tokens=5)
+    ours, other = drafts_ways(tiny_subject, count=6, count_alone=2, max_new_tokens=5)
     torch.manual_seed(0)
     assert (ours(), other()) == (6 * 5, 2 * 5)  # none of these happens to end
 
