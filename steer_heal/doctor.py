@@ -21,6 +21,7 @@ from steer_heal.batch_sizes import settled
 from steer_heal.case import Case, Finding
 from steer_heal.checks import CHECKS
 from steer_heal.config import RunConfig, resolve_config
+from steer_heal.memory import GIB, peak_bytes
 from steer_heal.model import Student, load_student
 from steer_heal.trait import Trait, load_trait
 
@@ -82,6 +83,13 @@ def admit(student: Student, trait: Trait, config: RunConfig) -> Checkup:
         elif finding.check in ("adapter reach", "memory"):
             logger.info("{}", finding)
     return checkup
+
+
+def tell_peak(checkup: Checkup, device: torch.device) -> None:
+    """Logs the most memory that was held in this process, beside what was expected."""
+    planned = next(each.measured for each in checkup.findings if each.check == "memory")
+    peak_gib = peak_bytes(device) / GIB
+    logger.info("memory: {:.2f} GiB at the most in this process; expected: {}", peak_gib, planned)
 
 
 def check_up(student: Student, trait: Trait, config: RunConfig) -> Checkup:

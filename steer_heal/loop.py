@@ -19,7 +19,7 @@ from steer_heal.batch_sizes import settle_batches
 from steer_heal.cache import open_cache
 from steer_heal.calibrate import calibrate
 from steer_heal.config import FREE, RunConfig
-from steer_heal.doctor import Checkup, admit
+from steer_heal.doctor import Checkup, admit, tell_peak
 from steer_heal.dose import choose_doses
 from steer_heal.evaluate import evaluate_controls, evaluate_round
 from steer_heal.filter import screen
@@ -51,7 +51,7 @@ def run_rounds(config: RunConfig, path: Path) -> None:
 
 def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
     fixed = config.model_dump(exclude={*FREE, "run"})
-    run.once(Checkup, lambda *_: admit(student, trait, config), student, trait, fixed)
+    checkup = run.once(Checkup, lambda *_: admit(student, trait, config), student, trait, fixed)
     config = settle_batches(run, student, trait, config)
     given = take_vector(run, student, config.vector)
     for adapter in run.last_stack():
@@ -95,3 +95,4 @@ def _loop(run: Run, student: Student, trait: Trait, config: RunConfig) -> None:
         round.finish()
         watch.tell(round)
         student = healed
+    tell_peak(checkup, student.loaded.model.device)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -91,5 +93,9 @@ def test_a_run_goes_on_with_what_it_began_with(
     run_rounds(resolve_config([*settings, "N=2"]), path)
     assert json.loads((path / "batches.json").read_text()) == kept
     said = f"batches: {kept['generate']} drafts, {kept['evaluate']} rows of evaluation"
-    assert (path / "log.txt").read_text().count(said) == 2
+    log = (path / "log.txt").read_text()
+    assert log.count(said) == 2
+    peaks = re.findall(r"memory: ([\d.]+) GiB at the most in this process; expected: about", log)
+    held_gib = psutil.Process().memory_info().rss / GIB
+    assert len(peaks) == 2 and float(peaks[1]) > 0.9 * held_gib  # at one time it was as now
     assert (path / "round-01" / "DONE").exists()
