@@ -103,7 +103,7 @@ bench *ARGS: setup
 pictures +RUNS: setup
     @{{bin}}/steer-heal pictures "$@"
 
-# speed as ratios side by side, some minutes, to docs/BENCH.md: just speed [--only ROW] [--run RUN]
+# speed as ratios side by side, some minutes, to docs/BENCH.md: just speed [--only ROW] [--peers]
 [no-exit-message]
 speed *ARGS: setup
     @{{bin}}/python -m steer_heal.speed "$@"

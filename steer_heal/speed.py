@@ -21,6 +21,7 @@ import torch
 
 from eval.errors import UserError
 from eval.files import write_text
+from steer_heal.peers import peer_rows
 from steer_heal.rounds import LOG_FILE
 from steer_heal.side_by_side import Ratio
 from steer_heal.speed_heal import heal_rows, memory_row
@@ -131,15 +132,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns of the two ways")
     parser.add_argument("--only", action="append", default=[], help="a row's name; no page")
     parser.add_argument("--run", type=Path, help="a run whose rounds are compared with its first")
+    parser.add_argument("--peers", action="store_true", help="other libraries too; installs them")
     given = parser.parse_args()
     torch.set_num_threads(1)
     try:
         rounds = [] if given.run is None else [rounds_row(given.run)]
         with tempfile.TemporaryDirectory() as scratch:
             rows, said = measured(Models(Path(scratch)), given.only, given.repeats)
+            peers = peer_rows(Path(scratch), given.repeats) if given.peers else []
     except UserError as error:
         parser.error(str(error))
-    found = page([*rows, *rounds], said, given.repeats)
+    found = page([*rows, *peers, *rounds], said, given.repeats)
     if not given.only:
         write_text(PAGE, found + "\n")
     print(found)

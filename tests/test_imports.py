@@ -95,6 +95,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "speed_models",
                 "speed_sampling",
                 "speed_heal",
+                "peers",
                 "studies",
                 "study_table",
                 "study",

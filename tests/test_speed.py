@@ -5,6 +5,7 @@ Rows are measured for real on tiny models, where a turn takes a moment.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 from eval.errors import UserError
 from steer_heal import speed
 from steer_heal.config import resolve_config
+from steer_heal.peers import peer_rows
 from steer_heal.side_by_side import Ratio, Row
 from steer_heal.speed import measured, page, round_seconds, rounds_row
 from steer_heal.speed_heal import heal_rows, heal_ways
@@ -144,3 +146,15 @@ def test_a_round_that_was_stopped_is_the_sum_of_its_parts() -> None:
         "2026 INFO run small itself took limits 4.0 s (100%)\n"
     )
     assert round_seconds(log) == pytest.approx([10.0, 5.5])
+
+
+@pytest.mark.slow
+def test_other_libraries_extract_from_the_same_pairs(tmp_path: Path) -> None:
+    rows = peer_rows(tmp_path, repeats=1)
+    assert [row.against.split(",")[0] for row in rows] == [
+        "repeng 0.4.0",
+        "steering-vectors 0.12.2",
+    ]
+    assert all(math.isfinite(row.values[0]) and row.values[0] > 0 for row in rows)
+    pairs = json.loads((tmp_path / "pairs.json").read_text())
+    assert len(pairs) == 128 and all(one != other for one, other in pairs)
