@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from eval.processes import is_main
+
 # a narrow terminal cuts at the right: what is asked most stands first
 _FORMAT = "{percentage:3.0f}% {remaining} left  {desc} {n_fmt}/{total_fmt} {bar}"
 _LINE_S = 30.0  # where there is no terminal; what takes less says nothing
@@ -26,11 +28,11 @@ def progress_bar(
     """A bar on stderr, gone at its end.
 
     Args:
-        label: None draws none.
+        label: None draws none; nor does any process but the main one, which tells of its share.
         initial: how many of them are done already.
         line_s: seconds from one plain line to the next.
     """
-    if label is None:
+    if label is None or not is_main():
         return nullcontext(_Silent())
     if not sys.stderr.isatty():
         return nullcontext(_Lines(total, label, initial, line_s))

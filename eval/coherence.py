@@ -33,6 +33,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from eval.logits import completion_ends, end_logits
+from eval.processes import spread
 
 _WINDOW_WORDS = 60  # with punctuation: three or four sentences
 _WINDOW_CHARACTERS = 300  # about as much
@@ -79,14 +80,19 @@ def token_logprobs(
     Returns:
         One fp32 tensor [completion tokens] a row, on the CPU; an empty completion's is empty.
     """
-    result: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
-    ends = completion_ends(prompts, completions)
-    for row, logits in end_logits(model, ends, batch_size, pad_id, label):
-        # a row at a time, as fp32 [vocab] a token is dear
-        logp = logits[:-1].float().log_softmax(-1)  # [completion, vocab]
-        ids = torch.tensor(completions[row], dtype=torch.long, device=logp.device)
-        result[row] = logp.gather(-1, ids[:, None])[:, 0].cpu()
-    return result
+
+    def score(rows: list[int]) -> list[torch.Tensor]:
+        result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        said = [completions[row] for row in rows]
+        ends = completion_ends([prompts[row] for row in rows], said)
+        for at, logits in end_logits(model, ends, batch_size, pad_id, label):
+            # a row at a time, as fp32 [vocab] a token is dear
+            logp = logits[:-1].float().log_softmax(-1)  # [completion, vocab]
+            ids = torch.tensor(said[at], dtype=torch.long, device=logp.device)
+            result[at] = logp.gather(-1, ids[:, None])[:, 0].cpu()
+        return result
+
+    return spread(score, [tuple(prompt) for prompt in prompts])
 
 
 def surprisal(logprobs: torch.Tensor) -> Surprisal:

@@ -38,6 +38,7 @@ from eval.chat import chat_text, next_turn_text, text_ids
 from eval.errors import UserError
 from eval.items import ForcedChoiceItem, Perspective, SuiteError, item_key
 from eval.logits import alike_ends, end_logits
+from eval.processes import spread
 from eval.suite import ForcedChoiceSuite
 from eval.think import Thinking, natural_answer, think
 
@@ -238,17 +239,22 @@ def _answers(
     Args:
         num_trials: rows of one item, which stand together.
     """
-    counts = [reading.num_prefill + 1 for reading in readings]
-    ends = alike_ends([reading.ids for reading in readings], counts, num_trials)
-    answers: dict[int, _Answer] = {}
-    for row, logits in end_logits(model, ends, batch_size, tokenizer.pad_token_id, label):
-        logp = logits.float().log_softmax(-1)  # [prefill + 1, vocab]
-        prefill = torch.tensor(readings[row].ids[-readings[row].num_prefill :], device=logp.device)
-        said = logp[:-1].gather(-1, prefill[:, None])
-        answers[row] = _Answer(
-            logprobs=logp[-1, digits].double().cpu(), prefill_nll_nats=float(-said.mean())
-        )
-    return [answers[row] for row in range(len(readings))]
+
+    def read(rows: list[int]) -> list[_Answer]:
+        some = [readings[row] for row in rows]
+        counts = [reading.num_prefill + 1 for reading in some]
+        ends = alike_ends([reading.ids for reading in some], counts, num_trials)
+        answers: dict[int, _Answer] = {}
+        for at, logits in end_logits(model, ends, batch_size, tokenizer.pad_token_id, label):
+            logp = logits.float().log_softmax(-1)  # [prefill + 1, vocab]
+            prefill = torch.tensor(some[at].ids[-some[at].num_prefill :], device=logp.device)
+            said = logp[:-1].gather(-1, prefill[:, None])
+            answers[at] = _Answer(
+                logprobs=logp[-1, digits].double().cpu(), prefill_nll_nats=float(-said.mean())
+            )
+        return [answers[at] for at in range(len(some))]
+
+    return spread(read, [row // num_trials for row in range(len(readings))])
 
 
 def _row(

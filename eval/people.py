@@ -16,6 +16,7 @@ import typer
 
 from eval.errors import UserError
 from eval.files import explain_disk
+from eval.processes import is_main
 
 IN_LOG_ALONE = "in_log_alone"  # marks a record of the log that no terminal is to show
 
@@ -48,5 +49,6 @@ def _quiet_libraries() -> None:
 
 
 def _end(message: str, code: int) -> None:
-    typer.echo(message, err=True)
+    if is_main():
+        typer.echo(message, err=True)
     raise typer.Exit(code)

@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessor
 
 from eval.batching import batches, fitting, left_pad
+from eval.processes import spread
 
 _SEGMENT_TOKENS = 8
 _STREAMED_TOKENS = 4  # of a reply that is read as it grows
@@ -110,11 +111,16 @@ def sample_replies(
         around_batch=around_batch or (lambda rows: nullcontext()),
     )
     stops = decoder.generation.eos_token_id
-    replies: dict[int, Reply] = {}
-    for batch in batches(prompts, batch_size, tokenizer.pad_token_id, model.device, label):
-        for rows, found in fitting(decoder.decode, batch.rows, label):
-            replies |= zip(rows, (_cut(ids, stops) for ids in found), strict=True)
-    return [replies[row] for row in range(len(prompts))]
+
+    def sample(mine: list[int]) -> list[Reply]:
+        replies: dict[int, Reply] = {}
+        chosen = [prompts[row] for row in mine]
+        for batch in batches(chosen, batch_size, tokenizer.pad_token_id, model.device, label):
+            for rows, found in fitting(decoder.decode, [mine[at] for at in batch.rows], label):
+                replies |= zip(rows, (_cut(ids, stops) for ids in found), strict=True)
+        return [replies[row] for row in mine]
+
+    return spread(sample, [decoder.kind(row) for row in range(len(prompts))])
 
 
 def stream_reply(
@@ -173,6 +179,10 @@ class _Decoder:
     generation: GenerationConfig
     around_batch: Callable[[list[int]], AbstractContextManager]
 
+    def kind(self, row: int) -> Hashable:
+        """Rows of which it is the same share the reading of their prompt."""
+        return (self.kinds and self.kinds[row], tuple(self.prompts[row]))
+
     def decode(self, rows: list[int]) -> list[list[int]]:
         """New token ids of each of these rows, up to the end of the segment in which it ended."""
         found: dict[int, list[int]] = {}
@@ -217,7 +227,7 @@ class _Decoder:
 
         The last token is left to each row itself, which begins to differ after it.
         """
-        key = {row: (self.kinds and self.kinds[row], tuple(self.prompts[row])) for row in rows}
+        key = {row: self.kind(row) for row in rows}
         firsts = list({key[row]: row for row in reversed(rows)}.values())  # one a prompt and kind
         if len(firsts) == len(rows) or min(len(self.prompts[row]) for row in firsts) < 2:
             return None

@@ -11,14 +11,15 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import termios
 import threading
 import time
 import tty
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Fate:
     dies_before: str = ""  # killed as it renames a file to a path that ends so ...
     dies_after: str = ""  # ... once this path exists
     largest_file_bytes: int = 0  # 0: no limit
+    environment: Mapping[str, str] = field(default_factory=dict)  # of its own
 
 
 class Command:
@@ -122,6 +124,31 @@ class Command:
         os.close(self._screen)
 
 
+def together(num: int) -> list[dict[str, str]]:
+    """What torchrun would tell each of several processes, in its environment."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num))
+    return [shared | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(num)]
+
+
+class Work:
+    """A function in a process of its own, running; its errors are told as a command's are."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str], work: Callable[[], None]):
+        self._said = folder / f"said-{time.monotonic_ns()}"
+        self._process = _SERVER.Process(target=_work, args=(environment, work, self._said))
+        self._process.start()
+
+    def end(self) -> Finished:
+        self._process.join(_PATIENCE_S)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise AssertionError(f"still running: {self._said.read_text()}")
+        return Finished(code=self._process.exitcode, out="", err=self._said.read_text())
+
+
 def command(folder: Path, *arguments: str, fate: Fate | None = None) -> Finished:
     """Runs `steer-heal ARGUMENTS` in a folder to its end."""
     return Command(folder, *arguments, fate=fate).end()
@@ -173,10 +200,25 @@ def rewind(run: Path, index: int, stage: str) -> None:
     (folder / "DONE").unlink()
 
 
+def _work(environment: Mapping[str, str], work: Callable[[], None], said: Path) -> None:
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT, 0o600), 2)
+    os.environ.update(environment)
+    import typer
+
+    from eval.people import for_people
+
+    try:
+        with for_people("nothing was changed"):
+            work()
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+
+
 def _main(folder: Path, arguments: tuple[str, ...], fate: Fate, out: Path, err: str) -> None:
     os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT, 0o600), 1)
     os.dup2(os.open(err, os.O_RDWR | os.O_NOCTTY), 2)
     os.chdir(folder)
+    os.environ.update(fate.environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test worker's processes ignore it
     if fate.largest_file_bytes:  # the write that crosses it is a real OSError
         resource.setrlimit(resource.RLIMIT_FSIZE, (fate.largest_file_bytes, resource.RLIM_INFINITY))
