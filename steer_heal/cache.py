@@ -4,8 +4,8 @@
 
     key = hash over what went into the stage and what it is made with
 
-What it is made with: the source, the library versions, the device, the number of threads. So what
-is copied are the bytes that would have been made.
+What it is made with: the source, the library versions, the device, the number of threads and of
+processes. So what is copied are the bytes that would have been made.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from eval.files import (
     scratch_folder,
     write_json,
 )
+from eval.processes import count
 
 _HASHES_FILE = "hashes.json"
 
@@ -89,7 +90,8 @@ def open_cache(
     if folder is None:
         return None
     libraries = sorted(description["libraries"].items())
-    parts = [description["code"], repr(libraries), str(device), str(torch.get_num_threads())]
+    workers = f"{torch.get_num_threads()} threads in each of {count()} processes"
+    parts = [description["code"], repr(libraries), str(device), workers]
     return StageCache(folder=Path(folder).expanduser(), made_with=digest_of(parts))
 
 

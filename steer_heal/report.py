@@ -18,6 +18,7 @@ from loguru import logger
 
 from eval.errors import UserError
 from eval.files import write_bytes, write_text
+from eval.processes import on_main
 from eval.summary import fixed
 from steer_heal.artifacts import ReplyRow
 from steer_heal.browse import packed_completions
@@ -57,6 +58,7 @@ class DiaryEntry:
     replies: tuple[tuple[str, ReplyRow], ...]  # condition and its first reply
 
 
+@on_main
 def write_report(path: Path) -> Path:
     """Draws page, plots and table of a run, says what they show, returns the page's path.
 
@@ -79,6 +81,7 @@ def write_report(path: Path) -> Path:
     return path / PAGE_FILE
 
 
+@on_main
 def draw_page(path: Path) -> None:
     """Draws the page alone, of a run that goes on: one that cannot be written costs no more."""
     try:

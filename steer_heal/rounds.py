@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from eval.bars import duration_text
 from eval.errors import UserError
 from eval.files import NOT_AS_WRITTEN, disk_errors, locked, read_json, write_json, write_text
 from eval.people import IN_LOG_ALONE
+from eval.processes import on_main
 from steer_heal.artifacts import Controls, Limits, RoundAdapter, RoundEval
 from steer_heal.cache import StageCache
 from steer_heal.changes import absent, changes
@@ -40,6 +41,7 @@ class Round(Stages):
     def is_done(self) -> bool:
         return all((self.path / name).is_file() for name in (DONE_FILE, STAGES_FILE))
 
+    @on_main
     def finish(self) -> None:
         """Writes the marker: everything before it is on disk."""
         write_text(self.path / DONE_FILE, "")
@@ -55,6 +57,7 @@ class Run(Stages):
     def round(self, index: int) -> Round:
         return Round(self.path / f"round-{index:02d}", index, self._seed, self.cache)
 
+    @on_main
     def done_rounds(self) -> list[Round]:
         """Finished rounds from the first on, without a gap; none before the controls are there."""
         rounds: list[Round] = []
@@ -75,8 +78,7 @@ class Run(Stages):
             if reason is not None:
                 break
             following = self.round(index)
-            with disk_errors(self.path):
-                following.path.mkdir(parents=True, exist_ok=True)
+            self._make_folder(following.path)
             yield following
             reason = why_stop()
             once_s = sum(self.spent_s.values()) - before  # its own stages do not come again
@@ -92,6 +94,7 @@ class Run(Stages):
             further = reason or f"N={num_done + 1} goes further"
             logger.info("{} is done: {} rounds; {}", self.label, num_done, further)
 
+    @on_main
     def last_stack(self) -> list[RoundAdapter]:
         """The adapters of the finished rounds, all of whose files are as they were written."""
         rounds = self.done_rounds()
@@ -100,6 +103,7 @@ class Run(Stages):
             done.check()
         return [done.read(RoundAdapter) for done in rounds]
 
+    @on_main
     def reference(self, which: Literal["previous", "base", "last_good"], round: Round) -> list[str]:
         """Names of the adapters that act in what a round's student is held to.
 
@@ -112,11 +116,17 @@ class Run(Stages):
             rounds.pop()
         return [done.adapter_name for done in rounds]
 
+    @on_main
+    def _make_folder(self, path: Path) -> None:
+        with disk_errors(self.path):
+            path.mkdir(parents=True, exist_ok=True)
+
     def _is_coherent(self, done: Round) -> bool:
         healed, base = done.read(RoundEval).healed, self.read(Controls).base
         return is_coherent(healed, base, self.read(Limits))
 
 
+@on_main
 def check_run(path: Path, description: dict[str, Any]) -> None:
     """Refuses to go on with a run for what `open_run` would, and changes nothing.
 
@@ -143,19 +153,26 @@ def open_run(
             written.
     """
     run = Run(path, seed, cache)
-    with _held(path):
-        with disk_errors(path):
-            _sweep(path)
-            _agree(path, description, len(run.done_rounds()))
-        sink = logger.add(_to_log(path), format="{time} {level} {message}", catch=False)
+    with ExitStack() as held:
+        _take(run, description, held)
         try:
             yield run
         except (Exception, KeyboardInterrupt) as error:
             with suppress(UserError):  # of a full disk, which is what the error is of too
                 _log_end(error)
             raise
-        finally:
-            logger.remove(sink)
+
+
+@on_main
+def _take(run: Run, description: dict[str, Any], held: ExitStack) -> None:
+    """Holds the run for as long as `held` is not closed, and writes its log."""
+    path = run.path
+    held.enter_context(_held(path))
+    with disk_errors(path):
+        _sweep(path)
+        _agree(path, description, len(run.done_rounds()))
+    sink = logger.add(_to_log(path), format="{time} {level} {message}", catch=False)
+    held.callback(logger.remove, sink)
 
 
 def read_run(path: Path) -> dict[str, Any]:

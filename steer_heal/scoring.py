@@ -19,6 +19,7 @@ from eval.chat import chat_ids
 from eval.coherence import Surprisal, TextFigures, surprisal, text_figures, token_logprobs
 from eval.errors import UserError
 from eval.logits import completion_ends, end_logits
+from eval.processes import spread
 from steer_heal.hooks import add_vector, record_last
 from steer_heal.losses import token_kl
 from steer_heal.model import Student
@@ -133,20 +134,27 @@ def steered_kl_nats(
         One fp32 tensor [completion tokens] a row, on the CPU.
     """
     layers = [student.loaded.layers[index] for index in band]
-
-    def steering(rows: list[int]) -> AbstractContextManager[None]:
-        return add_vector(layers, directions, torch.tensor([doses[row] for row in rows]))
-
-    ends = completion_ends(prompts, completions, doses)  # a prompt is steered, too
     pad_id = student.tokenizer.pad_token_id
-    result = [torch.empty(0)] * len(prompts)
-    with student.running() as model, torch.inference_mode():
+
+    def measure(rows: list[int]) -> list[torch.Tensor]:
+        dose = [doses[row] for row in rows]
+
+        def steering(some: list[int]) -> AbstractContextManager[None]:
+            return add_vector(layers, directions, torch.tensor([dose[at] for at in some]))
+
+        said = [completions[row] for row in rows]
+        # a prompt is steered, too
+        ends = completion_ends([prompts[row] for row in rows], said, dose)
+        result = [torch.empty(0)] * len(rows)
         plain = end_logits(model, ends, batch_size, pad_id, label)
         steered = end_logits(model, ends, batch_size, pad_id, None, steering)
-        for (row, before), (same, after) in zip(plain, steered, strict=True):
-            assert row == same
-            result[row] = token_kl(after[:-1], before[:-1], "reverse").cpu()
-    return result
+        for (at, before), (same, after) in zip(plain, steered, strict=True):
+            assert at == same
+            result[at] = token_kl(after[:-1], before[:-1], "reverse").cpu()
+        return result
+
+    with student.running() as model, torch.inference_mode():
+        return spread(measure, [(doses[row], tuple(p)) for row, p in enumerate(prompts)])
 
 
 @torch.inference_mode()
@@ -162,11 +170,17 @@ def last_states(
         prompts: token ids, [prompts][tokens].
     """
     pad_id, layers = student.tokenizer.pad_token_id, student.loaded.layers
-    result: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
-    with student.running() as model:
-        for batch in batches(prompts, batch_size, pad_id, model.device, label):
+
+    def read(rows: list[int]) -> list[torch.Tensor]:
+        result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        chosen = [prompts[row] for row in rows]
+        for batch in batches(chosen, batch_size, pad_id, model.device, label):
             with record_last(layers) as states:
                 model(**batch.inputs, logits_to_keep=1, use_cache=False)
-            for row, state in zip(batch.rows, torch.stack(states, 1), strict=True):
-                result[row] = state  # [layers, hidden]
-    return torch.stack(result).clone()  # out of inference mode
+            for at, state in zip(batch.rows, torch.stack(states, 1), strict=True):
+                result[at] = state  # [layers, hidden]
+        return result
+
+    with student.running() as model:
+        found = spread(read, [tuple(prompt) for prompt in prompts])
+    return torch.stack(found).clone()  # out of inference mode

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 from loguru import logger
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
@@ -25,6 +25,7 @@ from eval.files import (
     scratch_folder,
     write_json,
 )
+from eval.processes import on_main
 from steer_heal.cache import StageCache
 
 STAGES_FILE = "stages.json"
@@ -97,24 +98,16 @@ class Stages:
         """The stage's artifact: loaded if it is there from the same inputs, made if it is not."""
         name = kind.stage
         fingerprint = digest_of([name, *(_digest(value) for value in inputs)])
-        recorded = self._recorded().get(name)
-        if recorded is None:
-            start = time.monotonic()
-            if self._fetch(kind, fingerprint):
-                logger.info("{}: {}, from the cache", self.label, name)
-            else:
-                logger.info("{}: {}", self.label, name)
-                value = stage(*inputs)
-                if isinstance(value, Sampled):
-                    self.sampled[name] = value.num_tokens
-                self._write(kind, value, fingerprint)
+        start = time.monotonic()
+        found = self._find(kind, fingerprint)
+        if found == "nowhere":
+            logger.info("{}: {}", self.label, name)
+            value = stage(*inputs)
+            if isinstance(value, Sampled):
+                self.sampled[name] = value.num_tokens
+            self._write(kind, value, fingerprint)
+        if found != "here":
             self.spent_s[name] = time.monotonic() - start
-        elif recorded.inputs != fingerprint:
-            raise UserError(
-                f"{self.path / kind.files[0]} was made from other inputs than this run would give "
-                "it (the model, an earlier stage or the code's settings changed); start another "
-                "run with run=NAME, or take the old files away"
-            )
         return self.read(kind)
 
     def by_stage(self) -> str:
@@ -135,6 +128,7 @@ class Stages:
             return ""
         return f", {self.sampled[name] / self.spent_s[name]:.0f} tokens/s"
 
+    @on_main
     def read(self, kind: type[Value]) -> Value:
         """A recorded artifact, checked against its recorded hashes.
 
@@ -184,6 +178,29 @@ class Stages:
         """Names of the stages that have been run."""
         return frozenset(self._recorded())
 
+    @on_main
+    def _find(
+        self, kind: type[Artifact], fingerprint: str
+    ) -> Literal["here", "in the cache", "nowhere"]:
+        """Where a stage's files are; those that the cache has are taken from it.
+
+        Raises:
+            UserError: they are here, made from other inputs.
+        """
+        recorded = self._recorded().get(kind.stage)
+        if recorded is None:
+            if not self._fetch(kind, fingerprint):
+                return "nowhere"
+            logger.info("{}: {}, from the cache", self.label, kind.stage)
+            return "in the cache"
+        if recorded.inputs != fingerprint:
+            raise UserError(
+                f"{self.path / kind.files[0]} was made from other inputs than this run would give "
+                "it (the model, an earlier stage or the code's settings changed); start another "
+                "run with run=NAME, or take the old files away"
+            )
+        return "here"
+
     def _fetch(self, kind: type[Artifact], fingerprint: str) -> bool:
         """Takes the files of a stage from the cache; False: it has none from the same inputs."""
         if self.cache is None:
@@ -194,6 +211,7 @@ class Stages:
                 self._place(kind, fingerprint, folder)
         return found
 
+    @on_main
     def _write(self, kind: type[Artifact], value: Artifact, fingerprint: str) -> None:
         with disk_errors(self.path), scratch_folder(self.path) as folder:
             value.save(folder)

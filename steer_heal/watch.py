@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from loguru import logger
 
+from eval.processes import on_main
 from steer_heal.guards import alarms
 from steer_heal.round_table import round_table
 from steer_heal.rounds import Round, Run
@@ -26,6 +27,7 @@ class Watch:
         self._run = run
         self._summary: Summary | None = None  # of the finished rounds when it was asked for last
 
+    @on_main
     def tell(self, round: Round) -> None:
         """Says what a finished round came to, beside the controls, and what went wrong in it."""
         table = "\n".join(round_table(self._so_far()))
@@ -34,6 +36,7 @@ class Watch:
             if alarm.round == round.index + 1:
                 logger.warning("{}", alarm)
 
+    @on_main
     def why_stop(self) -> str | None:
         """Why no round is to follow those that are finished; None: go on."""
         return early_stop(self._so_far()) if self._run.done_rounds() else None
