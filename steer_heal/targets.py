@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from eval.logits import completion_ends, end_states
+from eval.processes import spread
 from steer_heal.artifacts import Screened, SteeringVector
 from steer_heal.config import HealConfig
 from steer_heal.head import CHUNK_LOGITS, over_chunks, project
@@ -64,28 +65,34 @@ def _states(
     vector: SteeringVector | None = None,
 ) -> list[torch.Tensor]:
     """Of every kept completion with these adapters acting, steered or not."""
-    doses = [row.dose for row in kept.kept]
-    ends = completion_ends(
-        [row.prompt_ids for row in kept.kept],
-        [row.token_ids for row in kept.kept],
-        kinds=None if vector is None else doses,  # a prompt is steered, too
-    )
+    model = student.loaded.model.eval()
 
-    def steering(rows: list[int]) -> AbstractContextManager[None]:
-        if vector is None:
-            return nullcontext()
-        layers = [student.loaded.layers[index] for index in vector.band]
-        return add_vector(
-            layers, vector.band_directions, torch.tensor([doses[row] for row in rows])
+    def read(numbers: list[int]) -> list[torch.Tensor]:
+        rows = [kept.kept[number] for number in numbers]
+        doses = [row.dose for row in rows]
+        ends = completion_ends(
+            [row.prompt_ids for row in rows],
+            [row.token_ids for row in rows],
+            kinds=None if vector is None else doses,  # a prompt is steered, too
         )
 
-    model, found = student.loaded.model.eval(), [torch.empty(0)] * len(doses)
-    with only(model, adapters):
-        pad_id = student.tokenizer.pad_token_id
-        for row, states in end_states(
+        def steering(some: list[int]) -> AbstractContextManager[None]:
+            if vector is None:
+                return nullcontext()
+            layers = [student.loaded.layers[index] for index in vector.band]
+            return add_vector(
+                layers, vector.band_directions, torch.tensor([doses[at] for at in some])
+            )
+
+        found, pad_id = [torch.empty(0)] * len(rows), student.tokenizer.pad_token_id
+        for at, states in end_states(
             model, ends, batch_size, pad_id, label="targets", around=steering
         ):
-            found[row] = states[:-1].cpu()
+            found[at] = states[:-1].cpu()
+        return found
+
+    with only(model, adapters):
+        found = spread(read, [(row.dose, row.prompt_ids) for row in kept.kept])
     return [states.clone() for states in found]  # out of inference mode
 
 
@@ -120,5 +127,10 @@ def barrier_threshold(student: Student, targets: Sequence[Targets], config: Heal
         return (token_kl(teacher, held_to, config.barrier_direction),)
 
     size = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
-    kls = [torch.cat([kl for (kl,) in over_chunks(teacher_kl, row, size)]) for row in targets]
-    return auto_threshold(torch.stack([aggregate(kl, config.barrier_aggregate) for kl in kls]))
+
+    def divergence(rows: list[int]) -> list[torch.Tensor]:
+        kls = [over_chunks(teacher_kl, targets[row], size) for row in rows]
+        each = [torch.cat([kl for (kl,) in chunks]) for chunks in kls]
+        return [aggregate(kl, config.barrier_aggregate).cpu() for kl in each]
+
+    return auto_threshold(torch.stack(spread(divergence, range(len(targets)))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from eval.bars import progress_bar
 from eval.errors import UserError
+from eval.processes import count, own, total
 from steer_heal.config import HealConfig
 from steer_heal.head import CHUNK_LOGITS, completion_states, over_chunks, project
 from steer_heal.losses import barrier, row_divergence, spectral_norms, token_kl
@@ -70,6 +71,15 @@ class HealTrainer(SFTTrainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         self.start = torch.randn(heal.rank, generator=generator).to(self.args.device)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """With the gradient of the whole batch, whichever process has which of its rows."""
+        loss = super().training_step(*args, **kwargs)
+        parameters = [factor for pair in self.factors for factor in pair]
+        gradients = total([cast(torch.Tensor, parameter.grad) for parameter in parameters])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return loss
+
     def compute_loss(
         self,
         model: Any,
@@ -77,20 +87,25 @@ class HealTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Legend: N completion tokens of the batch, V vocabulary, R rows."""
+        """Legend: N completion tokens of this process's rows, V vocabulary, R those rows.
+
+        Every figure is this process's part of the whole batch's: over the processes they add up.
+        """
         heal = self.heal
+        tokens = num_items_in_batch if num_items_in_batch is not None else _targets(inputs)[1].sum()
+        inputs, share = _own(inputs)
         labels, mask = _targets(inputs)
         with self.accelerator.autocast():
             student = completion_states(model, inputs, mask)  # [N, hidden]
         states = (labels[mask], student, *self._targets_of(inputs["row"].tolist()))
         chunks = over_chunks(self._token_losses, states, self._chunk_size())
-        tokens = num_items_in_batch if num_items_in_batch is not None else mask.sum()
-        nll = torch.stack([chunk[0] for chunk in chunks]).sum() / tokens
-        soft = torch.stack([chunk[1] for chunk in chunks]).sum() / tokens
+        counted = float(share > 0)
+        nll = torch.stack([chunk[0] for chunk in chunks]).sum() / tokens * counted
+        soft = torch.stack([chunk[1] for chunk in chunks]).sum() / tokens * counted
         kl = torch.cat([chunk[2] for chunk in chunks])
         divergence = row_divergence(kl, mask.sum(1).tolist(), heal.barrier_aggregate)  # [R]
-        over = barrier(divergence, self.threshold_nats)
-        spectral = self._spectral()
+        over = barrier(divergence, self.threshold_nats) * share
+        spectral = self._spectral() / count()
         taught = heal.nll_weight * nll + heal.soft_weight * soft
         barred = self.barrier_weight * over
         loss = taught + barred + heal.spectral_weight * spectral
@@ -98,9 +113,9 @@ class HealTrainer(SFTTrainer):
             loss=loss,
             nll_nats=nll,
             soft_nats=soft,
-            kl_nats=divergence.mean(),
+            kl_nats=divergence.mean() * share,
             barrier_nats=over,
-            share_over=(divergence > self.threshold_nats).float().mean(),
+            share_over=(divergence > self.threshold_nats).float().mean() * share,
             spectral_norm=spectral,
         )
         self.records[-1]["barrier_gradient_ratio"] = self._gradient_ratio(barred, taught)
@@ -148,20 +163,22 @@ class HealTrainer(SFTTrainer):
         In the first step with the barrier on and every eighth one after it: two more backward
         passes take 0.7 of such a step's time on the embedded model.
         """
-        if not float(barred.detach()):
+        if not self.barrier_weight * float(self.records[-1]["barrier_nats"] or 0):
             return 0.0
         self.num_barred += 1
         if self.num_barred % _RATIO_EVERY != 1:
             return None
         parameters = [p for pair in self.factors for p in pair]
         barrier_norm, taught_norm = (
-            _norm(torch.autograd.grad(part, parameters, retain_graph=True))
+            _norm(total(torch.autograd.grad(part, parameters, retain_graph=True)))
             for part in (barred, taught)
         )
         return barrier_norm / taught_norm if taught_norm else None
 
-    def _record(self, **values: torch.Tensor) -> None:
-        record = {key: float(value.detach()) for key, value in values.items()}
+    def _record(self, **parts: torch.Tensor) -> None:
+        """Keeps the figures of a step, of each of which this process has a part: []."""
+        sums = total([part.detach() for part in parts.values()])
+        record = dict(zip(parts, map(float, sums), strict=True))
         if not math.isfinite(record["loss"]):
             raise UserError(
                 f"the heal loss is {record['loss']} at step {self.state.global_step}: try a "
@@ -195,6 +212,21 @@ class StepLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "grad_norm" in logs:
             self.rows.append({key: float(logs[key]) for key in ("grad_norm", "learning_rate")})
+
+
+def _own(inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float]:
+    """This process's rows of a batch, and what share of its rows they are.
+
+    A process that has none of them gets the first, and a share of 0: it counts for nothing.
+    """
+    num_rows = len(inputs["labels"])
+    rows = own(num_rows)
+    if len(rows) == num_rows:
+        return inputs, 1.0
+    some = {key: value[rows or [0]] for key, value in inputs.items()}
+    width = int(some["attention_mask"].sum(1).max())  # padding is on the right
+    cut = {key: value[:, :width] if value.dim() == 2 else value for key, value in some.items()}
+    return cut, len(rows) / num_rows
 
 
 def _targets(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
