@@ -17,6 +17,7 @@ import typer
 
 from eval.errors import UserError
 from eval.people import IN_LOG_ALONE, for_people
+from eval.processes import is_main, joined
 
 app = typer.Typer(
     help="Steer, filter, heal, stack: from two opposite personas to an ordinary LoRA adapter.",
@@ -38,19 +39,29 @@ RunsAndOut = Annotated[
 
 
 @app.command()
-def round(settings: Settings = None) -> None:
+def round(
+    settings: Settings = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="that share the work, each with the model: one a GPU")
+    ] = 1,
+) -> None:
     """Runs steer-heal rounds and draws the report; the same command again goes on."""
     with _working("the same command goes on from there"):
         from steer_heal.config import resolve_config
 
         config = resolve_config(settings or [])
-        from steer_heal.loop import run_rounds
-        from steer_heal.manifest import run_path
-        from steer_heal.report import write_report
+        if processes > 1:
+            from steer_heal.apart import run_together
 
-        path = run_path(config)
-        run_rounds(config, path)
-        write_report(path)
+            raise typer.Exit(run_together(processes, settings or []))
+        with joined(config.device):
+            from steer_heal.loop import run_rounds
+            from steer_heal.manifest import run_path
+            from steer_heal.report import write_report
+
+            path = run_path(config)
+            run_rounds(config, path)
+            write_report(path)
 
 
 @app.command()
@@ -235,12 +246,13 @@ def _working(if_stopped: str) -> Iterator[None]:
 
     logger.remove()
     line = "{time:HH:mm:ss} {level: <7} {message}"
-    logger.add(
-        lambda text: tqdm.write(text, file=sys.stderr, end=""),
-        format=line,
-        colorize=False,
-        filter=lambda record: IN_LOG_ALONE not in record["extra"],
-    )
+    if is_main():
+        logger.add(
+            lambda text: tqdm.write(text, file=sys.stderr, end=""),
+            format=line,
+            colorize=False,
+            filter=lambda record: IN_LOG_ALONE not in record["extra"],
+        )
     with for_people(if_stopped):
         yield
 

@@ -111,6 +111,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
         True,
     ),
     (frozenset({"cli"}), False),
+    (frozenset({"__main__"}), False),
 )
 APART = "organism"  # trains the embedded model; the loop knows nothing of it
 
