@@ -18,7 +18,7 @@ setup:
     {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
     cat pyproject.toml constraints.txt > {{stamp}}
 
-# run steer-heal rounds on the embedded model: just round N=3 [KEY=VALUE ...]
+# run steer-heal rounds on the embedded model: just round N=3 [--processes 2] [KEY=VALUE ...]
 [no-exit-message]
 round *SETTINGS: setup
     @{{bin}}/steer-heal round "$@"

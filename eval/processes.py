@@ -67,8 +67,7 @@ _group = _Group(rank=0, size=1)
 
 def is_main() -> bool:
     """Whether this process is the one that writes files and speaks."""
-    rank = os.environ.get("RANK", _group.rank)  # it is there until the process has joined
-    return int(rank) == 0
+    return os.environ["RANK"] == "0" if _is_to_join() else _group.rank == 0
 
 
 def count() -> int:
@@ -87,7 +86,7 @@ def joined(device: str) -> Iterator[None]:
     Raises:
         UserError: more processes than GPUs; and what failed in another process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _is_to_join():
         yield
         return
     _join(device)
@@ -158,12 +157,17 @@ def total(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     with _noticing_the_dead():
         dist.all_reduce(flat)
     sums = flat.split([part.numel() for part in parts])
-    return [one.view_as(part) for one, part in zip(sums, parts, strict=True)]
+    return [one.view_as(part).to(part.dtype) for one, part in zip(sums, parts, strict=True)]
 
 
 def own(num_rows: int) -> list[int]:
     """This process's rows of a batch that all processes have."""
     return list(range(num_rows)) if _is_alone() else list(range(_group.rank, num_rows, _group.size))
+
+
+def _is_to_join() -> bool:
+    """Whether others were started beside this process, and it has not joined them yet."""
+    return all(name in os.environ for name in _STARTED_BY) and os.environ["WORLD_SIZE"] != "1"
 
 
 def _is_alone() -> bool:
@@ -235,7 +239,7 @@ def _meet(work: Callable[[], Any]) -> list[Any]:
 
 
 def _failure(error: Exception) -> _Failure:
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | OSError):
         return _Failure(str(error), is_for_people=True)
     return _Failure("".join(traceback.format_exception(error)), is_for_people=False)
 
