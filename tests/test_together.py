@@ -122,19 +122,10 @@ def test_a_run_of_two_goes_on_alone(pair: Pair, settings: list[str]) -> None:
     assert "run small is done: 1 rounds" in done.err
 
 
-# ------------------------------------------------------------------ as people start them, and slow
+# ------------------------------------------------------------------ as people start it, and slow
 
 ROOT = Path(__file__).parents[1]
 TWO = ["-m", "steer_heal", "round", "--processes", "2"]
-TORCHRUN = [
-    *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    *("-m", "steer_heal", "round"),
-]
-EMBEDDED = [
-    *("N=1", "run=small", "folder=rounds", "generate.num_drafts=96", "filter.num_kept=21"),
-    *("filter.num_calibration=48", "heal.batch_size=5", "heal.barrier_threshold_nats=auto"),
-    *("evaluate.samples_per_prompt=1", "evaluate.num_dialogues=6", "evaluate.num_random=1"),
-]
 
 
 def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -148,26 +139,6 @@ def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def finished(folder: Path, *arguments: str) -> Path:
-    """The run that it leaves."""
-    running = started(folder, *arguments)
-    _, err = running.communicate(timeout=1800)
-    assert running.returncode == 0, err
-    return folder / RUN
-
-
-@pytest.mark.slow
-def test_the_embedded_model_in_two_processes(tmp_path: Path) -> None:
-    alone = finished(tmp_path / "alone", "-m", "steer_heal", "round", *EMBEDDED)
-    require_same_run(Pair(alone=alone, shared=finished(tmp_path / "two", *TWO, *EMBEDDED)))
-
-
-@pytest.mark.slow
-def test_torchrun_starts_it_too(pair: Pair, settings: list[str], tmp_path: Path) -> None:
-    shared = finished(tmp_path / "torchrun", *TORCHRUN, *settings)
-    require_same_run(Pair(alone=pair.alone, shared=shared))
 
 
 def _gone(number: int) -> bool:
