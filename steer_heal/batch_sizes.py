@@ -15,7 +15,7 @@ from loguru import logger
 from eval.chat import text_ids
 from eval.suite import ForcedChoiceSuite, load_suite
 from steer_heal.artifacts import BatchSizes
-from steer_heal.config import FREE, RunConfig
+from steer_heal.config import RunConfig
 from steer_heal.memory import rows_that_fit
 from steer_heal.model import Student
 from steer_heal.stages import Stages
@@ -28,9 +28,10 @@ def settle_batches(run: Stages, student: Student, trait: Trait, config: RunConfi
     """The config with numbers in the place of auto: those of the run where it has them."""
     if not _is_open(config):
         return config
-    fixed = config.model_dump(exclude={*FREE, "run"})
     chosen = run.once(
-        BatchSizes, lambda *_: choose_batch_sizes(student, trait, config), student, trait, fixed
+        BatchSizes,
+        lambda *_: choose_batch_sizes(student, trait, config),
+        *(student, trait, config.generate, config.evaluate),
     )
     logger.info("batches: {} drafts, {} rows of evaluation", chosen.generate, chosen.evaluate)
     return _with(config, chosen)

@@ -191,7 +191,7 @@ def sft_arguments(
         num_earlier: rounds before this one.
         scratch: a folder that it may write to.
     """
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=scratch,
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
@@ -214,6 +214,8 @@ def sft_arguments(
         data_seed=seed,
         disable_tqdm=True,  # the step log draws the bar, without a line of metrics a step
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of several the trainer would take all by itself
+    return arguments
 
 
 def sft_rows(kept: Screened) -> Dataset:
