@@ -20,7 +20,7 @@ from steer_heal.config import resolve_config
 from steer_heal.peers import peer_rows
 from steer_heal.side_by_side import Ratio, Row
 from steer_heal.speed import measured, page, round_seconds, rounds_row
-from steer_heal.speed_heal import heal_rows, heal_ways
+from steer_heal.speed_heal import heal_rows, heal_ways, peak_gib
 from steer_heal.speed_models import Models, Subject, as_kept, subject
 from steer_heal.speed_sampling import (
     decode_ways,
@@ -158,3 +158,13 @@ def test_other_libraries_extract_from_the_same_pairs(tmp_path: Path) -> None:
     assert all(math.isfinite(row.values[0]) and row.values[0] > 0 for row in rows)
     pairs = json.loads((tmp_path / "pairs.json").read_text())
     assert len(pairs) == 128 and all(one != other for one, other in pairs)
+
+
+def test_a_peak_that_is_begun_anew_is_that_of_what_followed() -> None:
+    held = torch.ones(2**28)  # 1 GiB
+    assert peak_gib() >= 1
+    del held
+    before = peak_gib(anew=True)
+    added = torch.ones(2**26)
+    assert peak_gib() - before == pytest.approx(0.25, abs=0.05)
+    assert len(added) == 2**26
