@@ -17,6 +17,7 @@ _EVERY_ROUND = ("vector", "doses", "drafts", "screened", "adapter", "eval")
 _AFTER_IN_FIRST = {"screened": "controls", "adapter": "unbarred"}
 _NAMES = {
     "doctor": "check the model",
+    "batches": "choose how many rows go at a time",
     "imported": "read the vector",
     "limits": "measure the base's own replies",
     "vector": "find the steering vector",
@@ -115,8 +116,10 @@ def _begun(round: Round) -> tuple[BegunRound, ...]:
 def parts_of(run: Run, description: Description, num_done: int) -> tuple[Part, ...]:
     """The stages of a run, of which so many rounds are done."""
     own, config = run.recorded_stages(), description.config
+    sizes = (config[stage]["batch_size"] for stage in ("generate", "evaluate"))
+    batches = ["batches"] if "auto" in sizes else []
     vector = ["imported"] if config["vector"]["file"] else []
-    before = _steps(["doctor", *vector, "limits"], own)
+    before = _steps(["doctor", *batches, *vector, "limits"], own)
     parts = [Part(name="before round 1", steps=before, is_done=all(s.is_done for s in before))]
     for index in range(max(config["rounds"], num_done)):
         stages = list(_EVERY_ROUND)

@@ -246,4 +246,4 @@ def test_the_preset_of_real_models_holds_for_every_family() -> None:
     config = resolve_config(["model=somewhere/some-model"])
     assert config.trait == "care-over-authority"
     assert config.heal == HealConfig()
-    assert (config.generate.batch_size, config.generate.max_new_tokens) == (16, 128)
+    assert (config.generate.batch_size, config.generate.max_new_tokens) == ("auto", 128)

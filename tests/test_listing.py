@@ -156,7 +156,7 @@ def test_the_stages_are_those_that_a_run_goes_through(made: Path, tmp_path: Path
     run = Path(shutil.copytree(made / "rounds" / "small", tmp_path / "small"))
     log = (run / "log.txt").read_text()
     said = re.findall(r"(?:run small|round 1 \(round-00\)): (\w+)$", log, re.M)
-    assert said[:2] == ["doctor", "limits"] and said[-2:] == ["adapter", "eval"]
+    assert said[:3] == ["doctor", "batches", "limits"] and said[-2:] == ["adapter", "eval"]
     shutil.rmtree(run / "round-01")
     (run / "round-00" / "DONE").unlink()
     for stage in reversed(said):
