@@ -93,7 +93,7 @@ check: setup
 organism *ARGS: setup
     @{{bin}}/python -m steer_heal.organism "$@"
 
-# three rounds on each of three seeds: the numbers in the README and docs/LOG.md
+# rounds on each of three seeds; with N=8 patience=0 the numbers in the README and docs/LOG.md
 [no-exit-message]
 bench *ARGS: setup
     @{{bin}}/steer-heal bench "$@"

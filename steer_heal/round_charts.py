@@ -53,7 +53,7 @@ def heal_charts(rounds: Sequence[BegunRound], *, has_teacher: bool) -> list[Char
         ("heal-nll", "Surprisal of the kept", "nll, nats a token", _nll, {}),
         ("heal-soft", "Distance from the teacher", "KL, nats a token", _soft, _FROM_0),
         ("heal-kl", "Distance travelled", "KL, nats", _kl, _FROM_0 | {"shapes": shapes}),
-        ("heal-share", "Replies over the threshold", "share of a step's", _share_over, _SHARES),
+        ("heal-share", "Replies over the threshold", "share of them", _share_over, _SHARES),
         ("heal-ratio", "Pull of the barrier", "gradient ratio", _ratio, _FROM_0),
     ]
     return [

@@ -183,7 +183,10 @@ def read_run(path: Path) -> dict[str, Any]:
     """
     file = path / RUN_FILE
     if not file.is_file():
-        raise UserError(f"{path} is not a run: there is no {RUN_FILE} in it")
+        raise UserError(
+            f"{path} is not a run: there is no {RUN_FILE} in it; where it was lost, `steer-heal "
+            "round` with the run's settings writes it again"
+        )
     description = read_json(file)
     parts = (description, description.get("config")) if isinstance(description, dict) else ()
     if not parts or not all(isinstance(part, dict) for part in parts):
