@@ -198,7 +198,7 @@ def assert_equals_the_stack(
     else:
         user = PeftModel.from_pretrained(made_run.base(), folder)
     found = user.eval()(ids).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
     assert float((expected - untouched).abs().max()) > 1e-3
 
 
