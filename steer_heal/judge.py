@@ -5,7 +5,7 @@ healed model comes out above the prompt, and how its replies end, takes more. He
 anew, by draws that the run did not use, and are compared prompt by prompt; with several runs also
 on the mean over them.
 
-    tail perplexity, over base's = exp( mean over prompts of  t(prompt) - t of base(prompt) )
+    tail perplexity over another's = exp( mean over prompts of  t(prompt) - t of the other's )
     t = median over a prompt's replies of the tail surprisal under base, nats a token
 """
 
@@ -57,9 +57,9 @@ class Judgement:
         """Share that acts the trait, healed minus prompted, paired by prompt."""
         return mean_interval(self.healed.enacted - self.prompted.enacted)
 
-    def tail_ratio(self, name: str) -> Interval:
-        """Tail perplexity of a condition over base's, paired by prompt; 1: replies end alike."""
-        nats = mean_interval(getattr(self, name).tail_nats - self.base.tail_nats)
+    def tail_ratio(self, name: str, over: str = "base") -> Interval:
+        """Tail perplexity of a condition over another's, paired by prompt; 1: replies end alike."""
+        nats = mean_interval(getattr(self, name).tail_nats - getattr(self, over).tail_nats)
         ends = {key: float(np.exp(value)) for key, value in nats.model_dump().items()}
         return Interval(**ends)
 
@@ -71,6 +71,8 @@ class Judgement:
         tails = [(name, self.tail_ratio(name)) for name in _CONDITIONS[1:]]
         told = [f"{name} {fixed(r.estimate, 3)} {plain_bounds(r, 3)}" for name, r in tails]
         lines.append(f"tail perplexity, over base's: {', '.join(told)}")
+        rest = self.tail_ratio("healed", over="prompted")
+        lines.append(f"healed over prompted: {fixed(rest.estimate, 3)} {plain_bounds(rest, 3)}")
         return "\n  ".join([f"{self.label}:", *lines])
 
 

@@ -43,7 +43,6 @@ except ImportError as error:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _WIDTH, _HEIGHT = 1280, 560  # CSS pixels
 _PHONE = (390, 844)
-_SERVE = "from steer_heal.cli import main; main()"
 
 
 def draw_pictures(runs: Sequence[Path], out: Path) -> list[Path]:
@@ -99,7 +98,7 @@ def _pictures(
         write_page(comparison, folder / "compare.html")
         with _opened(browser, (folder / "compare.html").as_uri()) as compared:
             yield "compare", _picture(compared, "header", "#last")
-    with _served(saved.path) as address, _opened(browser, address) as chat:
+    with served(saved.path) as address, _opened(browser, address) as chat:
         yield "chat", _chat(chat, saved.trait.held_out_prompts[0])
 
 
@@ -144,20 +143,25 @@ def _chat(page: Page, prompt: str) -> bytes:
 
 
 @contextmanager
-def _served(run: Path) -> Iterator[str]:
+def served(run: Path) -> Iterator[str]:
     """`steer-heal chat` of a run, and its address."""
-    command = [sys.executable, "-c", _SERVE, "chat", str(run.absolute()), "port=0"]
+    command = [sys.executable, "-m", "steer_heal", "chat", str(run.absolute()), "port=0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        said = ""
-        for line in server.stderr:
-            said += line
-            if found := re.search(r"chat: (http://\S+)", line):
-                yield found[1]
-                break
-        else:
-            raise UserError(f"the chat did not begin: {said.strip().splitlines()[-1]}")
-        server.terminate()
+        try:
+            yield _address(server)
+        finally:
+            server.terminate()
+
+
+def _address(server: subprocess.Popen[str]) -> str:
+    """Where it says that it serves."""
+    assert server.stderr is not None
+    said = ""
+    for line in server.stderr:
+        said += line
+        if found := re.search(r"chat: (http://\S+)", line):
+            return found[1]
+    raise UserError(f"the chat did not begin: {said.strip().splitlines()[-1]}")
 
 
 def _in_few_colors(png: bytes) -> bytes:

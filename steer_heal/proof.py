@@ -3,8 +3,8 @@
 On some of the run's held-out prompts, at every position, in fp32 on the CPU (a base quantised to 4
 or 8 bits is on the GPU that it needs, and everything on it is approximate):
 
-    difference       max |logit - the student's|; at most `TOLERANCE` where nothing was approximated
-    base_difference  max |logit - the base's|; above it, or the folder does nothing
+    difference       max |logit - the student's|; at most `allowed` where nothing was approximated
+    base_difference  max |logit - the base's|; above `TOLERANCE`, or the folder does nothing
     kl_nats          mean KL(student || written), nats a token: what an approximation costs
     base_kl_nats     mean KL(student || base); an approximation must cost less than doing nothing
 """
@@ -29,7 +29,8 @@ from steer_heal.model import Student
 from steer_heal.trait import Trait
 
 NUM_PROMPTS = 8
-TOLERANCE = 3e-4  # of a logit: sums in another order, in fp32; Qwen3.5 merged differs by 1.3e-4
+TOLERANCE = 1e-4  # of a logit: sums in another order, in fp32
+_SHARE = 1e-3  # of what the adapter changes; such rounding grows with depth and linear attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,11 @@ class Proof:
     base_difference: float
     kl_nats: float
     base_kl_nats: float
+
+    @property
+    def allowed(self) -> float:
+        """The largest difference of a logit that is taken for rounding."""
+        return max(TOLERANCE, _SHARE * self.base_difference)
 
     @property
     def text(self) -> str:
@@ -108,10 +114,10 @@ def _judge(proof: Proof) -> None:
             f"{proof.base_difference:.1e} from the base's. An adapter that does nothing is not "
             "exported; nothing was written"
         )
-    if proof.is_exact and not proof.difference <= TOLERANCE:
+    if proof.is_exact and not proof.difference <= proof.allowed:
         raise UserError(
             "what was written is not the run's student: loaded in a fresh process its logits "
-            f"differ by up to {proof.difference:.1e} (at most {TOLERANCE:.0e} is allowed); "
+            f"differ by up to {proof.difference:.1e} (at most {proof.allowed:.0e} is allowed); "
             "nothing was written"
         )
     if not proof.is_exact and not proof.kl_nats < proof.base_kl_nats:

@@ -198,8 +198,9 @@ def assert_equals_the_stack(
     else:
         user = PeftModel.from_pretrained(made_run.base(), folder)
     found = user.eval()(ids).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
-    assert float((expected - untouched).abs().max()) > 1e-3
+    change = float((expected - untouched).abs().max())
+    assert change > 1e-3
+    torch.testing.assert_close(found, expected, rtol=0, atol=max(1e-4, 1e-3 * change))
 
 
 def test_a_row_in_a_steered_batch_says_what_it_says_alone(made_run: FamilyRun) -> None:

@@ -100,13 +100,15 @@ def test_several_runs_have_their_mean(runs: list[Path]) -> None:
     ],
 )
 def test_a_difference_is_said_with_its_interval(healed: list[float], said: str) -> None:
-    other = Judged(enacted=np.full(4, 0.75), tail_nats=np.full(4, 0.5))
+    base = Judged(enacted=np.full(4, 0.75), tail_nats=np.full(4, 0.5))
+    prompted = Judged(enacted=np.full(4, 0.75), tail_nats=np.full(4, 0.5 + math.log(1.1)))
     ours = Judged(enacted=np.array(healed), tail_nats=np.full(4, 0.5 + math.log(1.25)))
-    text = str(Judgement(label="run", base=other, prompted=other, healed=ours))
-    head, *shares, gain, tail = text.splitlines()
+    text = str(Judgement(label="run", base=base, prompted=prompted, healed=ours))
+    head, *shares, gain, tail, rest = text.splitlines()
     assert tail == (
-        "  tail perplexity, over base's: prompted 1.000 [1.000, 1.000], healed 1.250 [1.250, 1.250]"
+        "  tail perplexity, over base's: prompted 1.100 [1.100, 1.100], healed 1.250 [1.250, 1.250]"
     )
+    assert rest == "  healed over prompted: 1.136 [1.136, 1.136]"
     assert head == "run:"
     assert [line.split()[0] for line in shares] == ["base", "prompted", "healed"]
     assert shares[0] == "  base      75.0 % [75.0, 75.0]"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from eval.errors import UserError
-from steer_heal.pictures import browser_path, draw_pictures
+from steer_heal.pictures import browser_path, draw_pictures, served
 from tests.small import small_run
 
 NAMES = ("report-light", "report-dark", "report-phone", "compare", "chat")
@@ -34,6 +36,14 @@ def test_every_page_has_its_picture(tmp_path: Path) -> None:
     assert papers.pop("report-dark") == pytest.approx((0x17, 0x1B, 0x20), abs=9)
     assert list(papers.values()) == [pytest.approx((255, 255, 255), abs=9)] * 4
     assert Image.open(images["report-phone"]).width == 2 * 390
+
+
+def test_a_picture_that_fails_leaves_no_server_behind(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), served(small_run(tmp_path, 1)) as address:
+        assert b"chat" in urllib.request.urlopen(address).read()
+        raise ZeroDivisionError
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address)
 
 
 def test_without_a_browser_it_says_what_to_install(
