@@ -37,6 +37,7 @@ from eval.processes import spread
 
 _WINDOW_WORDS = 60  # with punctuation: three or four sentences
 _WINDOW_CHARACTERS = 300  # about as much
+_LOOP_TOKENS, _LOOP_TIMES = 48, 4
 
 
 class Surprisal(BaseModel):
@@ -104,6 +105,13 @@ def surprisal(logprobs: torch.Tensor) -> Surprisal:
         tail_nll_nats=float(tail.mean()),
         rmse_nll_nats=float(nll.square().mean().sqrt()),
     )
+
+
+def is_loop(token_ids: Sequence[int]) -> bool:
+    """Whether a text's last 48 tokens say one thing, of 12 tokens or fewer, again and again."""
+    end = list(token_ids[-_LOOP_TOKENS:])
+    periods = range(1, _LOOP_TOKENS // _LOOP_TIMES + 1)
+    return len(end) == _LOOP_TOKENS and any(end[n:] == end[:-n] for n in periods)
 
 
 def text_figures(text: str) -> TextFigures:

@@ -3,6 +3,7 @@
 Rows leave their batch soon after they end: transformers' `generate` decodes a segment, the rows
 that ended in it are taken out of the cache, and the others go on. Rows of a batch that have the
 same prompt share the work on it: it is read once, and each gets a copy of what is in the cache.
+A row that is to be given up, as one that has become a loop, is taken out like one that ended.
 
 A token is drawn by the inverse of its distribution's cumulative function. With u ~ U[0, 1) of its
 own for every row and step,
@@ -78,6 +79,7 @@ def sample_replies(
     forbidden: Sequence[Sequence[int]] = (),
     around_batch: Callable[[list[int]], AbstractContextManager] | None = None,
     kinds: Sequence[Hashable] | None = None,
+    give_up: Callable[[Sequence[int]], bool] | None = None,
     label: str | None = None,
 ) -> list[Reply]:
     """Samples one reply a prompt (temperature 0: greedy); replies come in the prompts' order.
@@ -96,6 +98,8 @@ def sample_replies(
             replies go on, in batch order, and before it around the work that they share.
         kinds: of every prompt, what `around_batch` does to it; prompts of one kind share their
             reading. None: all are of one kind without `around_batch`, each of its own with it.
+        give_up: asked of every reply's token ids after each segment; where it says yes, the reply
+            stays as it is then, unfinished.
     Raises:
         UserError: one prompt alone does not fit into memory.
     """
@@ -109,6 +113,7 @@ def sample_replies(
         temperature=temperature,
         generation=_generation(model, tokenizer, forbidden),
         around_batch=around_batch or (lambda rows: nullcontext()),
+        give_up=give_up or (lambda ids: False),
     )
     stops = decoder.generation.eos_token_id
 
@@ -150,6 +155,7 @@ def stream_reply(
         temperature=temperature,
         generation=_generation(model, tokenizer),
         around_batch=lambda rows: around_segment(),
+        give_up=lambda ids: False,
     )
     for ((_, ids),) in decoder.grow([0], _STREAMED_TOKENS):
         yield _cut(ids, decoder.generation.eos_token_id)
@@ -178,13 +184,14 @@ class _Decoder:
     temperature: float
     generation: GenerationConfig
     around_batch: Callable[[list[int]], AbstractContextManager]
+    give_up: Callable[[Sequence[int]], bool]
 
     def kind(self, row: int) -> Hashable:
         """Rows of which it is the same share the reading of their prompt."""
         return (self.kinds and self.kinds[row], tuple(self.prompts[row]))
 
     def decode(self, rows: list[int]) -> list[list[int]]:
-        """New token ids of each of these rows, up to the end of the segment in which it ended."""
+        """New token ids of each of these rows, up to the end of the segment that was its last."""
         found: dict[int, list[int]] = {}
         for grown in self.grow(rows, _SEGMENT_TOKENS):
             found |= grown  # the last of a row is the whole
@@ -212,8 +219,9 @@ class _Decoder:
                 ids, cache = out.sequences, out.past_key_values
                 mask = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
                 grown = list(zip(rows, ids[:, width:].tolist(), strict=True))
-                ended = torch.isin(ids[:, width:], stops).any(1) | (ids.shape[1] == longest)
-                going = (~ended).nonzero().flatten()
+                over = torch.isin(ids[:, width:], stops).any(1) | (ids.shape[1] == longest)
+                over |= torch.tensor([self.give_up(new) for _, new in grown], device=ids.device)
+                going = (~over).nonzero().flatten()
                 rows, ids, mask = [rows[index] for index in going.tolist()], ids[going], mask[going]
                 if cache is None:  # Mamba: what goes on is read again from its start, once
                     segment = self.uniforms.shape[1]

@@ -3,8 +3,9 @@
     h_l <- h_l + dose * v[l]   for l in the vector's band, at every position of prompt and reply
 
 A dose a row, all doses in one batch. No repetition penalty, top-k or nucleus: they would hide from
-the filter what it must see. Beside the first completions of every dose stands what the steering did
-to them: the 95th percentile over their tokens of KL(steered || student), in nats.
+the filter what it must see. A row that has become a loop is ended there: the filter drops it for
+that. Beside the first completions of every dose stands what the steering did to them: the 95th
+percentile over their tokens of KL(steered || student), in nats.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from eval.chat import chat_ids
+from eval.coherence import is_loop
 from eval.sampling import Reply, sample_replies
 from steer_heal.artifacts import Completion, SteeringVector
 from steer_heal.config import GenerateConfig
@@ -89,6 +91,7 @@ def steered_replies(
             batch_size=config.rows_at_a_time,
             around_batch=lambda rows: _steered(student, vector, [doses[row] for row in rows]),
             kinds=doses,  # a prompt is steered, too: its cache is that of a dose
+            give_up=is_loop,
             label=label,
         )
 

@@ -2,6 +2,7 @@
 
 Criteria in order; a completion is dropped by the first that it fails, which is its reason:
 
+    loop              was ended, as its last 48 tokens said one thing four times or more
     unfinished        ran into the length limit (where the base's own do not)
     length            shorter or longer than the base's own completions
     tail              surprisal of the last quarter above the base's own: drift

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from eval.coherence import is_loop
 from steer_heal.artifacts import Completion, DosePoint, Limits, TextLimits
 from steer_heal.brokenness import beyond
 from steer_heal.config import FilterConfig
@@ -96,6 +97,7 @@ def _gates(limits: Limits, trait: Trait, config: FilterConfig) -> dict[str, Gate
     narration = [re.compile(pattern, re.IGNORECASE) for pattern in trait.narration]
     persona = PersonaWords(trait)
     return {
+        "loop": lambda draft, score: not draft.finished and is_loop(draft.token_ids),
         "unfinished": lambda draft, score: not draft.finished and limits.base_finishes,
         "length": lambda draft, score: (
             not limits.words_low <= score.figures.words <= limits.words_high

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.coherence import TextFigures, text_figures
+from eval.coherence import TextFigures, is_loop, text_figures
 from steer_heal.artifacts import TextLimit, TextLimits
 from steer_heal.brokenness import beyond, brokenness, text_limits
 from steer_heal.trait import load_trait
@@ -284,6 +284,20 @@ def held_against(cells: Sequence[Cell], limits: Callable[[Cell], TextLimits]) ->
     return auc([means[index] for index in good], [means[index] for index in bad]), float(
         np.mean([value for index in good for value in dropped[index]])
     )
+
+
+@published
+def test_what_would_be_ended_for_a_loop_is_broken(cells: list[Cell], plain: TextLimits) -> None:
+    """Words and signs stand for tokens, which the published texts do not have."""
+    num_loops = 0
+    for cell in cells:
+        for text in cell.texts:
+            parts = [hash(part) for part in re.findall(r"\w+|[^\w\s]", text)]
+            if any(is_loop(parts[:at]) for at in range(8, len(parts) + 1, 8)):
+                num_loops += 1
+                assert cell.coherence <= 2
+                assert beyond(text_figures(text), plain, *FIGURES)  # it would be dropped anyway
+    assert num_loops > 20
 
 
 @published

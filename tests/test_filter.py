@@ -117,6 +117,15 @@ def test_a_good_completion_passes(student: Student, trait: Trait) -> None:
     assert reason(student, trait, draft(student, trait, GOOD + " I agree."), limits()) is None
 
 
+@pytest.mark.parametrize("base_finishes", [True, False])
+def test_loop(student: Student, trait: Trait, base_finishes: bool) -> None:
+    odd = draft(student, trait, GOOD + " No, no" * 60, end=False)
+    gates = limits(base_finishes=base_finishes)
+    assert reason(student, trait, odd, gates) == "loop"
+    ended = draft(student, trait, GOOD + " No, no" * 60)
+    assert reason(student, trait, ended, gates) is None  # other criteria see it
+
+
 def test_unfinished(student: Student, trait: Trait) -> None:
     odd = draft(student, trait, GOOD, end=False)
     assert reason(student, trait, odd, limits()) == "unfinished"
@@ -299,7 +308,9 @@ def test_the_reason_is_the_first_criterion_that_fails(student: Student, trait: T
         "compressibility": {"compressed_size": (0.9, 1.2)},
         "debris": {"letters_per_word": (9.0, 11.0)},
     }
+    looping = draft(student, trait, "I'm sorry. " * 60, end=False)
     shut: dict[str, dict[str, Any]] = {
+        "loop": {},
         "unfinished": {"base_finishes": True},
         "length": {"words_high": 20},
         "tail": {"tail_nll_nats": 0.0},
@@ -318,9 +329,11 @@ def test_the_reason_is_the_first_criterion_that_fails(student: Student, trait: T
         text = {
             key: value for later in names[index:] for key, value in shut_text.get(later, {}).items()
         }
-        gates = limits(text=text_only(**text), **({"base_finishes": index == 0} | closed))
+        is_first = index <= names.index("unfinished")
+        gates = limits(text=text_only(**text), **({"base_finishes": is_first} | closed))
         persona = trait if index <= names.index("narration") else quiet
-        one = odd if name != "enactment" else odd.model_copy(update={"text": GOOD})
+        good_text = odd.model_copy(update={"text": GOOD})
+        one = {"loop": looping, "enactment": good_text}.get(name, odd)
         config = FilterConfig(min_kept=1, min_enactment_nats=1e3)
         with pytest.raises(UserError, match="most were dropped by") as caught:
             screened(student, persona, [one], gates, config)

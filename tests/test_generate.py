@@ -10,6 +10,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from eval.chat import chat_ids
+from eval.coherence import is_loop
 from eval.sampling import sample_replies
 from steer_heal.artifacts import Completions, Doses, SteeringVector
 from steer_heal.config import GenerateConfig, VectorConfig
@@ -178,6 +179,16 @@ def test_kl_p95_equals_a_slow_one(tiny: TinyModel, trait: Trait) -> None:
         for dose in DOSES.doses
     }
     assert 0 == by_dose[0.0] < by_dose[0.3] < by_dose[1.0]
+
+
+def test_a_row_that_has_become_a_loop_is_ended_there(tiny_qwen3: TinyModel, trait: Trait) -> None:
+    """Nearly greedy, a random model says the same again and again before long."""
+    config = CONFIG.model_copy(update={"temperature": 1e-3, "max_new_tokens": 160})
+    rows = generated(tiny_qwen3, trait, config).rows
+    loops = [row for row in rows if is_loop(row.token_ids)]
+    assert loops and all(not row.finished for row in loops)
+    assert all(not is_loop(row.token_ids[:-8]) and len(row.token_ids) % 8 == 0 for row in loops)
+    assert any(len(row.token_ids) < 160 for row in loops)
 
 
 def test_nothing_stays_hooked(tiny_qwen3: TinyModel, trait: Trait) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eval.chat import chat_ids, text_ids
-from eval.coherence import surprisal, text_figures, token_logprobs
+from eval.coherence import is_loop, surprisal, text_figures, token_logprobs
 from tests.conftest import TinyModel
 
 TRAIT = Path(__file__).parents[2] / "steer_heal" / "traits" / "care-over-authority.toml"
@@ -176,3 +176,21 @@ def test_loop_prose_and_noise_are_told_apart() -> None:
     sizes = [loop.compressed_size, prose.compressed_size, noise.compressed_size]
     assert sizes[0] < 0.2 < 0.9 < sizes[1] < 1.2 < 1.4 < sizes[2]
     assert prose.symbol_share < 0.1 < 0.25 < noise.symbol_share
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "expected"),
+    [
+        ([7] * 48, True),
+        ([7] * 47, False),
+        ([*range(100, 140), *list(range(12)) * 4], True),
+        ([*range(100, 140), *list(range(13)) * 4], False),  # four times, but too long a phrase
+        ([*list(range(5)) * 9, 0, 1, 2], True),  # the last time not to its end
+        ([*list(range(5)) * 9, 0, 1, 9], False),
+        ([*[3] * 90, *range(10)], False),  # it went on
+        (list(range(200)), False),
+        ([], False),
+    ],
+)
+def test_a_loop_says_one_short_thing_to_the_end(token_ids: list[int], expected: bool) -> None:
+    assert is_loop(token_ids) == is_loop(tuple(token_ids)) == expected

@@ -146,6 +146,36 @@ def test_replies_do_not_depend_on_the_batch(decoder: TinyModel) -> None:
     assert len({len(reply.token_ids) for reply in alone}) > 5
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_is_given_up_stays_as_it_is_then(decoder: TinyModel, batch_size: int) -> None:
+    """Given up where it says an e; otherwise it would have been the same, and longer."""
+    prompts = _prompts(decoder)
+
+    def replies(give_up: Any) -> list[Reply]:
+        return sample_replies(
+            decoder.model,
+            decoder.tokenizer,
+            prompts,
+            seed=3,
+            max_new_tokens=40,
+            batch_size=batch_size,
+            forbidden=[[token] for token in stop_token_ids(decoder.model, decoder.tokenizer)],
+            give_up=give_up,
+        )
+
+    def says_it(ids: Any) -> bool:
+        return "e" in decoder.tokenizer.decode(ids)
+
+    whole, found = replies(None), replies(says_it)
+    looks = list(range(_SEGMENT_TOKENS, 40, _SEGMENT_TOKENS))
+    if type(decoder.model).__name__.startswith("Mamba"):  # its second segment is its last
+        looks = looks[:1]
+    for all_of, reply in zip(whole, found, strict=True):
+        end = next((at for at in looks if says_it(all_of.token_ids[:at])), 40)
+        assert reply.token_ids == all_of.token_ids[:end] and not reply.finished
+    assert len({len(reply.token_ids) for reply in found}) > 1
+
+
 def test_end_of_turn_is_kept_and_nothing_after_it(tiny: TinyModel) -> None:
     """A token that greedy decoding reaches half way is declared an end of turn."""
     prompts = _prompts(tiny)
