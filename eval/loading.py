@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from eval.errors import UserError
@@ -56,9 +56,54 @@ def load_model(folder: Path, model_id: str, device: str = "auto") -> tuple[Any, 
         UserError: no such device, what cannot be loaded, or a tokenizer without a chat template.
     """
     logging.disable_progress_bar()
-    target = torch.device(_pick(device))
+    target = pick_device(device)
     tokenizer = _load_tokenizer(folder, model_id)
     return _load_weights(folder, model_id, target).to(target).eval(), tokenizer
+
+
+def load_outline(folder: Path, model_id: str, device: str = "auto") -> tuple[Any, Any]:
+    """The same model without its weights, on torch's meta device, and its tokenizer.
+
+    It has its shapes and its names, takes no memory and computes nothing.
+
+    Raises:
+        UserError: as `load_model`, but for what is wrong with the weights.
+    """
+    target = pick_device(device)
+    tokenizer = _load_tokenizer(folder, model_id)
+    _require_gpu_for_bits(folder, model_id, target)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=_number_format(target))
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"model {model_id}: cannot be loaded ({_first_line(error)})") from error
+    return model.eval(), tokenizer
+
+
+def pick_device(device: str) -> torch.device:
+    """Where a model is put.
+
+    Args:
+        device: cpu, cuda, mps; auto takes a GPU where there is one.
+    Raises:
+        UserError: there is no such device.
+    """
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device("cuda" if here["cuda"] else "cpu")
+    if not here.get(device, True):
+        raise UserError(
+            f"device={device}: torch finds no such device here; device=auto takes what there is"
+        )
+    return torch.device(device)
+
+
+def parameter_bytes(model: Any, folder: Path) -> int:
+    """Bytes that a model's parameters take; what is quantised takes about what its files do."""
+    if quantised_bits(folder) is not None:
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(each.numel() * each.element_size() for each in model.parameters())
 
 
 def weights_hash(folder: Path) -> str:
@@ -115,10 +160,12 @@ def _load_tokenizer(folder: Path, model_id: str) -> Any:
 
 def _load_weights(folder: Path, model_id: str, device: torch.device) -> Any:
     _require_gpu_for_bits(folder, model_id, device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=_number_format(device),
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"model {model_id}: cannot be loaded ({_first_line(error)})") from error
@@ -133,6 +180,10 @@ def _load_weights(folder: Path, model_id: str, device: torch.device) -> Any:
             f"config asks for ({', '.join(missing[:3])}, ...)"
         )
     return model
+
+
+def _number_format(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def quantised_bits(folder: Path) -> int | None:
@@ -165,17 +216,6 @@ def _from_hub(model_id: str) -> Path:
             f"({_first_line(error)}); check the name, the connection, and HF_TOKEN if it is gated"
         ) from error
     return Path(folder)
-
-
-def _pick(device: str) -> str:
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return "cuda" if here["cuda"] else "cpu"
-    if not here.get(device, True):
-        raise UserError(
-            f"device={device}: torch finds no such device here; device=auto takes what there is"
-        )
-    return device
 
 
 def _first_line(error: Exception) -> str:

@@ -15,12 +15,11 @@ from eval.errors import UserError
 from eval.forced_choice import digit_ids
 from eval.sampling import stop_token_ids
 from eval.suite import ForcedChoiceSuite, load_suite
-from steer_heal.batch_sizes import TEMPLATE_TOKENS, longest
 from steer_heal.case import TEXTS, Case, Finding
 from steer_heal.head import completion_logits
 from steer_heal.hooks import add_vector
-from steer_heal.memory import estimate_memory
 from steer_heal.model import num_millions
+from steer_heal.plan import LESS, needed_memory
 from steer_heal.reach import EXPERTS, has_fused_experts
 from steer_heal.stack import attach, detach, lora_config, only
 
@@ -193,11 +192,9 @@ def _fresh_adapter(case: Case, name: str) -> Finding:
 
 
 def _memory(case: Case, name: str) -> Finding:
-    tokens, config = longest(case.tokenizer, case.trait.prompts) + TEMPLATE_TOKENS, case.config
-    need = estimate_memory(case.student, case.reach.modules, tokens, config.generate, config.heal)
-    tight = need.device_total is not None and need.run > need.device_total
-    advice = "smaller generate.batch_size and heal.batch_size, or a smaller model" if tight else ""
-    return Finding(check=name, status="warn" if tight else "ok", measured=str(need), advice=advice)
+    need = needed_memory(case.student, case.trait, case.config)
+    status, advice = ("warn", LESS) if need.is_tight else ("ok", "")
+    return Finding(check=name, status=status, measured=str(need), advice=advice)
 
 
 def _slow_paths(case: Case, name: str) -> Finding:

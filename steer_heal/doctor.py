@@ -78,9 +78,11 @@ def admit(student: Student, trait: Trait, config: RunConfig) -> Checkup:
         more = f" (and {len(failed) - 1} more: steer-heal doctor MODEL)" if failed[1:] else ""
         raise UserError(f"model {student.loaded.model_id}: {failed[0]}{more}")
     for finding in checkup.findings:
+        if finding.check == "memory":
+            continue  # it was told before the model was loaded
         if finding.status == "warn":
             logger.warning("{}", finding)
-        elif finding.check in ("adapter reach", "memory"):
+        elif finding.check == "adapter reach":
             logger.info("{}", finding)
     return checkup
 

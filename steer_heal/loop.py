@@ -27,7 +27,8 @@ from steer_heal.generate import generate_steered
 from steer_heal.heal import heal
 from steer_heal.imported import take_vector
 from steer_heal.manifest import describe
-from steer_heal.model import Student, check_model, load_student
+from steer_heal.model import Student, load_student
+from steer_heal.plan import plan_memory
 from steer_heal.report import draw_page
 from steer_heal.rounds import Run, check_run, open_run
 from steer_heal.trait import Trait, load_trait
@@ -39,9 +40,9 @@ from steer_heal.watch import Watch
 def run_rounds(config: RunConfig, path: Path) -> None:
     """Runs what remains of a run's rounds in its folder."""
     trait = load_trait(config.trait, config.pos, config.neg)
-    check_model(config.model)
     description = describe(config, trait)
     check_run(path, description)  # all that is cheap to refuse comes before a model is loaded
+    plan_memory(config, trait)
     base = load_student(config.model, [], config.device)
     description["model"] = base.loaded.weights_hash
     cache = open_cache(config.cache, description, base.loaded.model.device)

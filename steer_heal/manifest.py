@@ -13,13 +13,19 @@ from eval.files import digest_of
 from eval.suite import ForcedChoiceSuite, NeutralSuite, TaskSuite, load_suite
 from steer_heal import __version__
 from steer_heal.config import RunConfig
+from steer_heal.model import check_model
 from steer_heal.trait import Trait
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
 
 
 def describe(config: RunConfig, trait: Trait) -> dict[str, Any]:
-    """What run.json says, but for the hash of the model's weights; a bad suite is refused here."""
+    """What run.json says, but for the hash of the model's weights.
+
+    Raises:
+        UserError: a model that needs no look at the hub to be known as missing, or a bad suite.
+    """
+    check_model(config.model)
     choices = load_suite(config.evaluate.suite, ForcedChoiceSuite)
     tasks = load_suite(config.evaluate.tasks, TaskSuite)
     neutral = load_suite(config.evaluate.neutral, NeutralSuite)

@@ -1,4 +1,4 @@
-"""Memory that a run takes, estimated from the model's shapes before anything long is begun.
+"""Memory that a run takes, estimated from the model's shapes alone: weights need not be there yet.
 
     run    = libraries + parameters + the largest of draft, score, heal
     draft  = rows * tokens * 2 * kv heads * head width * attention layers * bytes   (the cache)
@@ -20,7 +20,6 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -51,6 +50,16 @@ class Memory:
     score: float
     heal: float
     device_total: float | None  # of the machine or the GPU; None: not known
+
+    @property
+    def model_fits(self) -> bool:
+        """Whether the model by itself can be held."""
+        return self.device_total is None or self.libraries + self.parameters < self.device_total
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether more is needed than there is."""
+        return self.device_total is not None and self.run > self.device_total
 
     @property
     def run(self) -> float:
@@ -118,7 +127,7 @@ def estimate_memory(
         prompt_tokens: of the longest prompt.
     """
     model, sizes, rows = student.loaded.model, _sizes(student), generate.rows_at_a_time
-    device = model.device.type
+    device = student.loaded.device.type
     tokens = prompt_tokens + generate.max_new_tokens
     adapter = sum(
         heal.rank * sum(model.get_submodule(name).weight.shape) for name in adapter_modules
@@ -130,13 +139,13 @@ def estimate_memory(
     logits = heal.batch_size * generate.max_new_tokens * sizes.vocab
     return Memory(
         libraries=_LIBRARIES_BYTES.get(device, _LIBRARIES_BYTES["cpu"]),
-        parameters=_parameter_bytes(model),
+        parameters=student.loaded.parameter_bytes,
         draft=rows * sizes.draft_row(tokens),
         score=rows * sizes.score_row(generate.max_new_tokens),
         heal=16 * adapter
         + heal.batch_size * tokens * kept * sizes.width
         + 32 * min(logits, CHUNK_LOGITS),
-        device_total=_device_total(model.device),
+        device_total=_device_total(student.loaded.device),
     )
 
 
@@ -146,7 +155,7 @@ def rows_that_fit(student: Student, prompt_tokens: int, new_tokens: int) -> int:
     Args:
         prompt_tokens: of the longest prompt.
     """
-    device, sizes = student.loaded.model.device, _sizes(student)
+    device, sizes = student.loaded.device, _sizes(student)
     tokens, free = prompt_tokens + new_tokens, _device_free(student)
     if free is None:
         return _ROWS_OF_UNKNOWN
@@ -165,16 +174,14 @@ def peak_bytes(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _parameter_bytes(model: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
 def _device_free(student: Student) -> float | None:
-    """Beside the loaded model; of main memory all that the model and the libraries leave."""
-    model, total = student.loaded.model, _device_total(student.loaded.model.device)
-    if model.device.type == "cuda":
-        return torch.cuda.mem_get_info(model.device)[0]
-    return total and total - _LIBRARIES_BYTES["cpu"] - _parameter_bytes(model)
+    """Beside the model; of main memory all that the model and the libraries leave."""
+    loaded = student.loaded
+    if loaded.device.type == "cuda":
+        to_come = loaded.parameter_bytes if loaded.model.device.type == "meta" else 0
+        return torch.cuda.mem_get_info(loaded.device)[0] - to_come
+    total = _device_total(loaded.device)
+    return total and total - _LIBRARIES_BYTES["cpu"] - loaded.parameter_bytes
 
 
 def _device_total(device: torch.device) -> float | None:

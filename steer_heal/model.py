@@ -13,12 +13,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from loguru import logger
 from torch import nn
 
 from eval.errors import UserError
 from eval.files import digest_of
-from eval.loading import find_model, load_model, local_model, weights_hash
+from eval.loading import (
+    find_model,
+    load_model,
+    load_outline,
+    local_model,
+    parameter_bytes,
+    pick_device,
+    weights_hash,
+)
 from steer_heal.artifacts import RoundAdapter
 from steer_heal.config import ORGANISM
 from steer_heal.stack import attach_saved, detach, only
@@ -33,7 +42,9 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     model_id: str
-    weights_hash: str  # SHA-256 over the weight files
+    weights_hash: str  # SHA-256 over the weight files; empty where they were not read
+    device: torch.device  # that it is on, or is to be put on
+    parameter_bytes: int  # of the base alone
     layers: list[nn.Module]  # of the text decoder, first to last
     linear_names: list[list[str]]  # full names of the linear modules, a layer
     attached: list[str] = field(default_factory=list)
@@ -111,20 +122,40 @@ def load_student(model_id: str, stack: Sequence[RoundAdapter], device: str = "au
     model, tokenizer = load_model(folder, model_id, device)
     model.requires_grad_(False)
     model.name_or_path = model_id  # PEFT writes it into every adapter: the id, not a cache's path
-    layers = decoder_layers(model)
-    loaded = LoadedModel(
-        model=model,
-        tokenizer=tokenizer,
-        model_id=model_id,
-        weights_hash=weights_hash(folder),
-        layers=layers,
-        linear_names=linear_names(model, layers),
-    )
     logger.info("model {}: {:.1f} M parameters on {}", model_id, num_millions(model), model.device)
-    student = Student(loaded=loaded)
+    student = _student(model, tokenizer, model_id, folder, model.device, weights_hash(folder))
     for adapter in stack:
         student = student.grown(adapter)
     return student
+
+
+def outline_student(model_id: str, device: str = "auto") -> Student:
+    """The base without its weights: what can be counted before they are read.
+
+    Raises:
+        UserError: as `load_student`, but for what is wrong with the weights.
+    """
+    folder = resolve_model(model_id)
+    model, tokenizer = load_outline(folder, model_id, device)
+    return _student(model, tokenizer, model_id, folder, pick_device(device), "")
+
+
+def _student(
+    model: Any, tokenizer: Any, model_id: str, folder: Path, device: torch.device, weights: str
+) -> Student:
+    layers = decoder_layers(model)
+    return Student(
+        loaded=LoadedModel(
+            model=model,
+            tokenizer=tokenizer,
+            model_id=model_id,
+            weights_hash=weights,
+            device=device,
+            parameter_bytes=parameter_bytes(model, folder),
+            layers=layers,
+            linear_names=linear_names(model, layers),
+        )
+    )
 
 
 def require_weights(student: Student, weights_hash: str, run_path: Path) -> None:

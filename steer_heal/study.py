@@ -26,7 +26,6 @@ from steer_heal.apart import run_apart
 from steer_heal.changes import changes
 from steer_heal.config import RunConfig, resolve_config
 from steer_heal.manifest import describe, run_path
-from steer_heal.model import check_model
 from steer_heal.report import PAGE_FILE
 from steer_heal.rounds import Run
 from steer_heal.studies import Study
@@ -154,7 +153,6 @@ def _begun(study: Study, shared: Sequence[str]) -> Begun:
 
 def _described(settings: list[str]) -> dict[str, Any]:
     config = resolve_config(settings)
-    check_model(config.model)
     return describe(config, load_trait(config.trait, config.pos, config.neg))
 
 

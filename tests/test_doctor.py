@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from loguru import logger
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import steer_heal.loop
+import steer_heal.memory
 from eval.errors import UserError
+from steer_heal.batch_sizes import settled
 from steer_heal.case import Finding
 from steer_heal.checks import CHECKS
 from steer_heal.cli import app
@@ -24,11 +28,12 @@ from steer_heal.doctor import Checkup, check_up
 from steer_heal.loop import run_rounds
 from steer_heal.manifest import run_path
 from steer_heal.memory import GIB, estimate_memory
-from steer_heal.model import Student, load_student
+from steer_heal.model import Student, load_student, outline_student
+from steer_heal.plan import needed_memory
 from steer_heal.reach import adapter_reach
 from steer_heal.trait import load_trait
 from tests.conftest import TinyModel
-from tests.small import small_settings
+from tests.small import small_run, small_settings
 from tests.tiny import QWEN3_TEMPLATE, Family, tiny_model_folder
 
 
@@ -274,6 +279,41 @@ def test_the_embedded_model_takes_about_what_it_is_said_to() -> None:
     modules = adapter_reach(student, config.heal.layers).modules
     found = estimate_memory(student, modules, 110, config.generate, config.heal)
     assert 0.5 < found.run / GIB / 0.85 < 1.5
+
+
+def test_the_plan_before_loading_is_the_estimate_of_the_loaded_model(
+    tiny: TinyModel, tmp_path: Path
+) -> None:
+    config = resolve_config([*small_settings(tiny.folder, tmp_path), "generate.batch_size=auto"])
+    trait = load_trait(config.trait, None, None)
+    student, outline = load_student(config.model, [], "cpu"), outline_student(config.model, "cpu")
+    assert {value.device.type for value in outline.loaded.model.parameters()} == {"meta"}
+    assert outline.loaded.linear_names == student.loaded.linear_names
+    needed = [needed_memory(one, trait, settled(one, trait, config)) for one in (student, outline)]
+    assert needed[0] == needed[1]
+    assert needed[0].parameters == sum(value.nbytes for value in tiny.model.parameters())
+
+
+def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(
+    tiny_qwen3: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(tiny_qwen3, tmp_path)
+    (folder / "model.safetensors").write_bytes(b"no weights at all")
+    config = resolve_config(small_settings(folder, tmp_path))
+    monkeypatch.setattr(steer_heal.memory, "_device_total", lambda device: GIB / 8)
+    with pytest.raises(UserError, match=r"memory: about .* the model alone does not fit"):
+        run_rounds(config, run_path(config))
+    assert not run_path(config).exists()
+
+
+def test_a_run_tells_its_plan_before_it_loads_and_its_peak_at_the_end(tmp_path: Path) -> None:
+    lines: list[str] = []
+    sink = logger.add(lines.append, format="{message}")
+    small_run(tmp_path, 1)
+    logger.remove(sink)
+    plan, model, *_, peak = (line for line in lines if re.match("memory: |model ", line))
+    assert plan.startswith("memory: about ") and model.startswith("model ")
+    assert peak.endswith(f"expected: {plan.removeprefix('memory: ')}")
 
 
 def test_what_does_not_fit_is_warned_of(tiny_qwen3: TinyModel) -> None:

@@ -42,6 +42,7 @@ ROWS: tuple[tuple[frozenset[str], bool], ...] = (
                 "reach",
                 "memory",
                 "batch_sizes",
+                "plan",
                 "case",
                 "checks",
                 "servable",
