@@ -1,7 +1,7 @@
 """The heal step's tensor functions: the barrier on a divergence, the teacher, the spectral norm.
 
     barrier  = mean over rows of relu(D - threshold), D = aggregate over a row's tokens of KL[token]
-    guided   = plain + guidance * (steered - plain),  in log-probability
+    guided   = plain + guidance * (steered - plain),  in logits
     spectral = largest singular value of B A, a module
 
 Shapes: N completion tokens of the whole batch, V vocabulary. All values in nats.
@@ -10,7 +10,7 @@ Shapes: N completion tokens of the whole batch, V vocabulary. All values in nats
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,77 @@ def token_kl(student: torch.Tensor, reference: torch.Tensor, direction: Directio
     if direction == "forward":
         student, reference = reference, student
     return (student.exp() * (student - reference)).sum(-1)
+
+
+def token_losses(
+    student: torch.Tensor,
+    labels: torch.Tensor,
+    reference: torch.Tensor,
+    teacher: torch.Tensor | None,
+    direction: Direction,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a heal step asks of every token: its nll, what it has to learn, its KL; nats, [N] each.
+
+    With a large vocabulary a step's time goes into passing over [N, V]. So the student's
+    log-probabilities are made once for all three, and their gradients are one.
+
+    Args:
+        student: logits, [N, V]; the gradient goes to these alone.
+        labels: [N].
+        reference: logits, [N, V]; the third is `token_kl(student, reference, direction)`.
+        teacher: logits, [N, V]; the second is KL(teacher || student), 0 where there is none.
+    """
+    return _TokenLosses.apply(student, labels, reference, teacher, direction)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Legend: z the student's logits; p, q, t probabilities of student, reference, teacher.
+
+    d nll = p - 1[label],  d KL(t || p) = p - t,  d KL(q || p) = p - q,
+    d KL(p || q) = p * (log p - log q - KL(p || q)),  all of them over dz.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: torch.Tensor,
+        labels: torch.Tensor,
+        reference: torch.Tensor,
+        teacher: torch.Tensor | None,
+        direction: Direction,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logp, logq, at = student.log_softmax(-1), reference.log_softmax(-1), labels[:, None]
+        nll, soft, t = -logp.gather(1, at)[:, 0], logp.new_zeros(len(logp)), None
+        if teacher is not None:
+            logt = teacher.log_softmax(-1)
+            t = logt.exp()
+            soft = logt.sub_(logp).mul_(t).sum(-1)
+        if direction == "reverse":
+            apart = torch.sub(logp, logq, out=logq)
+            p = logp.exp_()
+            kl = (p * apart).sum(-1)
+        else:
+            apart = logq.exp()
+            kl = logq.sub_(logp).mul_(apart).sum(-1)
+            p = logp.exp_()
+        ctx.direction = direction
+        ctx.save_for_backward(p, at, apart, kl, t)
+        return nll, soft, kl
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_nll: torch.Tensor, of_soft: torch.Tensor, of_kl: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        p, at, apart, kl, t = ctx.saved_tensors
+        nll, soft, held = (each[:, None] for each in (of_nll, of_soft, of_kl))
+        taught = nll if t is None else nll + soft
+        if ctx.direction == "reverse":
+            slope = torch.addcmul(taught - held * kl[:, None], held, apart).mul_(p)
+        else:
+            slope = torch.mul(taught + held, p).addcmul_(held, apart, value=-1)
+        if t is not None:
+            slope.addcmul_(soft, t, value=-1)
+        return slope.scatter_add_(1, at, -nll), None, None, None, None
 
 
 def aggregate(kl: torch.Tensor, how: Aggregate) -> torch.Tensor:
@@ -103,11 +174,11 @@ def spectral_norms(
 
 
 def guided(steered: torch.Tensor, plain: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Goes `guidance` times as far as steering goes, in log-probability: logits [N, V] -> [N, V].
+    """Logits that go `guidance` times as far as steering goes: [N, V], [N, V] -> [N, V].
 
     1 is the steered model itself, 0 the plain one. Where the trait is decided the steered model is
     of two minds still; beyond it the odds are clear, and where steering changes nothing nothing is
     changed. Classifier-free guidance with the steering in the place of the condition (Ho and
     Salimans 2022; for language models Sanchez et al. 2023).
     """
-    return torch.lerp(plain.float().log_softmax(-1), steered.float().log_softmax(-1), guidance)
+    return torch.lerp(plain.float(), steered.float(), guidance)

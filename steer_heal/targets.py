@@ -96,10 +96,10 @@ def _states(
     return [states.clone() for states in found]  # out of inference mode
 
 
-def guided_logprobs(
+def guided_logits(
     logits: Logits, held_to: torch.Tensor, targets: Targets, guidance: float
 ) -> torch.Tensor:
-    """The guided teacher's log-probabilities: [tokens, vocabulary].
+    """The guided teacher's: [tokens, vocabulary].
 
     Args:
         logits: from hidden states.
@@ -123,7 +123,7 @@ def barrier_threshold(student: Student, targets: Sequence[Targets], config: Heal
     def teacher_kl(*states: torch.Tensor) -> tuple[torch.Tensor]:
         row = Targets(*states)
         held_to = logits(row.reference)
-        teacher = guided_logprobs(logits, held_to, row, config.guidance)
+        teacher = guided_logits(logits, held_to, row, config.guidance)
         return (token_kl(teacher, held_to, config.barrier_direction),)
 
     size = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from transformers import TrainerCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -22,9 +21,9 @@ from eval.errors import UserError
 from eval.processes import count, own, total
 from steer_heal.config import HealConfig
 from steer_heal.head import CHUNK_LOGITS, completion_states, over_chunks, project
-from steer_heal.losses import barrier, row_divergence, spectral_norms, token_kl
+from steer_heal.losses import barrier, row_divergence, spectral_norms, token_losses
 from steer_heal.stack import trained_factors
-from steer_heal.targets import Targets, guided_logprobs
+from steer_heal.targets import Targets, guided_logits
 
 _RATIO_EVERY = 8  # steps with the barrier on
 
@@ -133,12 +132,12 @@ class HealTrainer(SFTTrainer):
         """From hidden states [N, hidden]: sums of nll and soft targets, nats; divergence: [N]."""
         targets = Targets(*states)
         logits, held_to = self._logits(student), self._logits(targets.reference)  # [N, V]
-        nll = F.cross_entropy(logits, labels, reduction="sum")
-        soft = logits.new_zeros(())
+        teacher = None
         if self.heal.soft_weight != 0:
-            teacher = guided_logprobs(self._logits, held_to, targets, self.heal.guidance)
-            soft = token_kl(logits, teacher, "forward").sum()
-        return nll, soft, token_kl(logits, held_to, self.heal.barrier_direction)
+            teacher = guided_logits(self._logits, held_to, targets, self.heal.guidance)
+        direction = self.heal.barrier_direction
+        nll, soft, kl = token_losses(logits, labels, held_to, teacher, direction)
+        return nll.sum(), soft.sum(), kl
 
     def _spectral(self) -> torch.Tensor:
         """Mean over modules of the largest singular value of alpha / rank * B A: []."""

@@ -21,6 +21,7 @@ from steer_heal.losses import (
     row_divergence,
     spectral_norms,
     token_kl,
+    token_losses,
 )
 
 
@@ -56,6 +57,50 @@ def test_token_kl_computes_in_fp32_whatever_comes_in() -> None:
     found = token_kl(student, reference, "reverse")
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("is_taught", [True, False])
+def test_what_a_heal_step_asks_and_its_gradients_equal_autograd(
+    direction: Direction, is_taught: bool
+) -> None:
+    """Each of the three by torch's own functions, in fp64, with weights of its own a token."""
+    student, reference, teacher = (logits(seed, 12, 50).double() for seed in range(3))
+    student.requires_grad_()
+    given = student.clone(), reference.clone(), teacher.clone()
+    labels = torch.arange(12) % 5
+    weights = torch.rand(3, 12, generator=torch.Generator().manual_seed(9)).double()
+    target = teacher if is_taught else None
+    found = token_losses(student, labels, reference, target, direction)
+    p, q, t = (Categorical(logits=each) for each in given)
+    expected = (
+        -p.log_prob(labels),
+        kl_divergence(t, p) if is_taught else torch.zeros(12).double(),
+        kl_divergence(p, q) if direction == "reverse" else kl_divergence(q, p),
+    )
+    gradients = []
+    for values in (found, expected):
+        total = sum((w * each).sum() for w, each in zip(weights, values, strict=True))
+        gradients.append(torch.autograd.grad(total, student, retain_graph=True)[0])
+    for ours, theirs in zip([*found, gradients[0]], [*expected, gradients[1]], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert torch.equal(student, given[0]) and torch.equal(reference, given[1])
+    assert torch.equal(teacher, given[2])
+    again = torch.autograd.grad(found[2].sum(), student)[0]  # a graph that was kept is as it was
+    wanted = torch.autograd.grad(expected[2].sum(), student)[0]
+    torch.testing.assert_close(again, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_of_equal_logits_the_divergence_is_0_and_without_slope() -> None:
+    student = logits(0, 6, 30).requires_grad_()
+    nll, soft, kl = token_losses(
+        student, torch.zeros(6).long(), student.detach(), student.detach(), "reverse"
+    )
+    assert torch.equal(kl, torch.zeros(6)) and torch.equal(soft, torch.zeros(6))
+    (slope,) = torch.autograd.grad((soft + kl).sum(), student, retain_graph=True)
+    assert float(slope.abs().max()) < 1e-6
+    (slope,) = torch.autograd.grad(nll.sum(), student)
+    assert float(slope.abs().max()) > 0.1
 
 
 def test_aggregates_equal_numpy() -> None:
