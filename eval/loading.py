@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from eval.errors import UserError
 from eval.files import read_json
+
+# of a config or a tokenizer that says what cannot be; a JSON error is a ValueError
+_UNFIT = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
 def find_model(model_id: str | Path) -> Path:
@@ -76,7 +80,7 @@ def load_outline(folder: Path, model_id: str, device: str = "auto") -> tuple[Any
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=_number_format(target))
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (*_UNFIT, RuntimeError, ImportError) as error:
         raise UserError(f"model {model_id}: cannot be loaded ({_first_line(error)})") from error
     return model.eval(), tokenizer
 
@@ -144,7 +148,7 @@ def _require_weights(folder: Path, model_id: str | Path) -> None:
 def _load_tokenizer(folder: Path, model_id: str) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # a JSON error is a ValueError
+    except _UNFIT as error:
         raise UserError(
             f"model {model_id}: its tokenizer or config cannot be loaded ({_first_line(error)})"
         ) from error
@@ -219,4 +223,6 @@ def _from_hub(model_id: str) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    within = error.__cause__ if isinstance(error, StrictDataclassError) else None
+    said = str(within or error).strip()
+    return said.splitlines()[0] if said else type(error).__name__

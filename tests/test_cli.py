@@ -151,6 +151,11 @@ def _drop_config(model: Path) -> None:
     (model / "config.json").unlink()
 
 
+def _contradict_config(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 99}))
+
+
 def _drop_template(model: Path) -> None:
     (model / "chat_template.jinja").unlink()
 
@@ -164,6 +169,7 @@ def _drop_template(model: Path) -> None:
         (_garble_weights, ["damaged"]),
         (_empty_weights, ["damaged"]),
         (_drop_config, ["no config.json"]),
+        (_contradict_config, ["config cannot be loaded", "num_hidden_layers"]),
         (_drop_template, ["no chat template", "chat_template.jinja"]),
     ],
 )
