@@ -96,14 +96,18 @@ def measured(models: Models, names: Sequence[str], repeats: int) -> tuple[list[R
     return [*found, memory], [sentence]
 
 
-def page(rows: Sequence[Ratio], said: Sequence[str], repeats: int) -> str:
-    """The whole of docs/BENCH.md."""
+def page(rows: Sequence[Ratio], said: Sequence[str], repeats: int, more: str = "") -> str:
+    """The whole of docs/BENCH.md.
+
+    Args:
+        more: of the command that measured it, after the repeats.
+    """
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return "\n".join(
         [
             "# Speed",
             "",
-            f"Measured by `just speed --repeats {repeats}` on {datetime.now(UTC):%Y-%m-%d}: "
+            f"Measured by `just speed --repeats {repeats}{more}` on {datetime.now(UTC):%Y-%m-%d}: "
             f"{platform.machine()}, {os.cpu_count()} cores, of which one was used, no GPU; "
             f"Python {platform.python_version()}, {packages}.",
             "",
@@ -142,7 +146,8 @@ def main() -> None:
             peers = peer_rows(Path(scratch), given.repeats) if given.peers else []
     except UserError as error:
         parser.error(str(error))
-    found = page([*rows, *peers, *rounds], said, given.repeats)
+    more = " --peers" * given.peers + " --run RUN" * (given.run is not None)
+    found = page([*rows, *peers, *rounds], said, given.repeats, more)
     if not given.only:
         write_text(PAGE, found + "\n")
     print(found)

@@ -114,6 +114,7 @@ def test_the_page_has_every_row(tmp_path: Path) -> None:
     text = page(rows, ["Said of the memory."], repeats=1)
     assert all(str(row) in text for row in rows)
     assert "Said of the memory." in text and "`just speed --repeats 1`" in text
+    assert "`just speed --repeats 1 --peers`" in page(rows, [], repeats=1, more=" --peers")
 
 
 def test_a_row_that_there_is_not_is_refused_with_those_that_there_are(
