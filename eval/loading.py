@@ -104,8 +104,8 @@ def pick_device(device: str) -> torch.device:
 
 
 def parameter_bytes(model: Any, folder: Path) -> int:
-    """Bytes that a model's parameters take; what is quantised takes about what its files do."""
-    if quantised_bits(folder) is not None:
+    """Bytes that a model's parameters take; quantised, by whatever way, about what its files do."""
+    if read_json(folder / "config.json").get("quantization_config"):
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return sum(each.numel() * each.element_size() for each in model.parameters())
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from loguru import logger
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -292,6 +293,17 @@ def test_the_plan_before_loading_is_the_estimate_of_the_loaded_model(
     needed = [needed_memory(one, trait, settled(one, trait, config)) for one in (student, outline)]
     assert needed[0] == needed[1]
     assert needed[0].parameters == sum(value.nbytes for value in tiny.model.parameters())
+
+
+def test_a_quantised_model_is_planned_by_its_files(tiny_qwen3: TinyModel, tmp_path: Path) -> None:
+    """Its outline is not quantised: counted by it, a model that fits would be refused."""
+    folder = copied(tiny_qwen3, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config | quantised))
+    save_file({"packed": torch.zeros(1000)}, folder / "model.safetensors")
+    found = outline_student(str(folder), "cpu").loaded.parameter_bytes
+    assert found == (folder / "model.safetensors").stat().st_size
 
 
 def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(
