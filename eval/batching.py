@@ -1,7 +1,13 @@
-"""Padded batches, sorted by length, with a progress bar and an ETA; halved where memory ends."""
+"""Padded batches, sorted by length, with a progress bar and an ETA; halved where memory ends.
+
+A batch is what is held at once; a pass is what goes through the model at once. On a CPU a pass has
+no more tokens than its caches hold the activations of, and what is read of a batch is read in
+several.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +20,10 @@ from eval.bars import progress_bar
 from eval.errors import UserError
 
 Result = TypeVar("Result")
+
+# Of a pass, for each thread of a CPU. With 12,800 a token takes the embedded model 1.3 times as
+# long, 6 layers of 512 1.2 times, 8 of 1,024 in bf16 1.1 times.
+_PASS_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +41,47 @@ def batches(
     device: Any,
     label: str | None = None,
 ) -> Iterator[Batch]:
-    """Yields the rows longest first (a batch that does not fit fails at once, not at the end).
+    """Yields the rows, a pass at a time, longest first.
 
     Args:
         rows: token ids, [rows][tokens], each at least one token long.
+        batch_size: at most so many of them.
         pad_id: what fills a row on the left, masked; None (Llama 3 has no padding token): id 0.
         label: what the progress bar says; None draws none.
     """
-    order = sorted(range(len(rows)), key=lambda row: (-len(rows[row]), row))
+    order = longest_first(rows)
     with progress_bar(len(rows), label) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in passes(order, [len(rows[row]) for row in order], batch_size, device):
             yield Batch(rows=chosen, inputs=left_pad([rows[row] for row in chosen], pad_id, device))
             bar.update(len(chosen))
+
+
+def longest_first(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Row numbers by length: a batch that does not fit fails at once, and little is padding."""
+    return sorted(range(len(rows)), key=lambda row: (-len(rows[row]), row))
+
+
+def passes(
+    rows: Sequence[int], lengths: Sequence[int], batch_size: int, device: Any
+) -> Iterator[list[int]]:
+    """Yields the rows in order, as many at a time as go through the model at once.
+
+    Args:
+        lengths: tokens of each of these rows.
+        batch_size: at most so many rows; on a CPU, where they are long, fewer.
+    """
+    is_cpu = torch.device(device).type == "cpu"
+    most = _PASS_TOKENS * torch.get_num_threads() if is_cpu else math.inf
+    taken: list[int] = []
+    width = 0
+    for row, length in zip(rows, lengths, strict=True):
+        width = max(width, length)
+        if taken and (len(taken) == batch_size or width * (len(taken) + 1) > most):
+            yield taken
+            taken, width = [], length
+        taken.append(row)
+    if taken:
+        yield taken
 
 
 def fitting(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from eval.bars import progress_bar
-from eval.batching import fitting, left_pad, right_pad
+from eval.batching import fitting, left_pad, passes, right_pad
 
 Around = Callable[[list[int]], AbstractContextManager]
 
@@ -116,15 +116,16 @@ def _ends(
     if len(sharing) == total or 0 in ends.lengths:
         ends = replace(ends, lengths=[0] * total)
         sharing, reader = ends.sharing(), replace(reader, ends=ends)
-    firsts = list(sharing)
+    firsts, device = list(sharing), reader.model.device
     with progress_bar(total, label) as bar:
-        for start in range(0, len(firsts), batch_size):
-            for some, read in fitting(reader.prefixes, firsts[start : start + batch_size], label):
+        for batch in passes(firsts, [ends.lengths[row] for row in firsts], batch_size, device):
+            for some, read in fitting(reader.prefixes, batch, label):
                 entry = {row: at for at, first in enumerate(some) for row in sharing[first]}
-                rows = sorted(entry, key=lambda row: (ends.lengths[row] - len(ends.rows[row]), row))
+                left = {row: len(ends.rows[row]) - ends.lengths[row] for row in entry}
+                rows = sorted(entry, key=lambda row: (-left[row], row))
                 rest = partial(reader.rests, read, entry)
-                for at in range(0, len(rows), batch_size):
-                    for part, found in fitting(rest, rows[at : at + batch_size], label):
+                for run in passes(rows, [left[row] for row in rows], batch_size, device):
+                    for part, found in fitting(rest, run, label):
                         yield from zip(part, found, strict=True)
                         bar.update(len(part))
 

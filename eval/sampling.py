@@ -26,8 +26,10 @@ import torch
 from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessor
 
-from eval.batching import batches, fitting, left_pad
+from eval.bars import progress_bar
+from eval.batching import fitting, left_pad, longest_first, passes
 from eval.processes import spread
+from eval.two_parts import attending, can_be_merged, merged, two_part_cache
 
 _SEGMENT_TOKENS = 8
 _STREAMED_TOKENS = 4  # of a reply that is read as it grows
@@ -119,10 +121,13 @@ def sample_replies(
 
     def sample(mine: list[int]) -> list[Reply]:
         replies: dict[int, Reply] = {}
-        chosen = [prompts[row] for row in mine]
-        for batch in batches(chosen, batch_size, tokenizer.pad_token_id, model.device, label):
-            for rows, found in fitting(decoder.decode, [mine[at] for at in batch.rows], label):
-                replies |= zip(rows, (_cut(ids, stops) for ids in found), strict=True)
+        order = [mine[at] for at in longest_first([prompts[row] for row in mine])]
+        with progress_bar(len(order), label) as bar:
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                for rows, found in fitting(decoder.decode, batch, label):
+                    replies |= zip(rows, (_cut(ids, stops) for ids in found), strict=True)
+                    bar.update(len(rows))
         return [replies[row] for row in mine]
 
     return spread(sample, [decoder.kind(row) for row in range(len(prompts))])
@@ -203,12 +208,12 @@ class _Decoder:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]  # [rows, tokens]
         width, longest = ids.shape[1], ids.shape[1] + self.uniforms.shape[1]
         stops = torch.tensor(self.generation.eos_token_id, device=ids.device)
-        cache = self._shared(rows)
+        cache = self._begun(rows)
         while rows:
             self.generation.max_new_tokens = min(segment, longest - ids.shape[1])
             draw = _Draw(self.uniforms[rows], width, self.temperature)
             with torch.inference_mode():  # not around the yield: any thread may read
-                with self.around_batch(rows):
+                with self.around_batch(rows), attending(self.model, cache):
                     out = self.model.generate(
                         input_ids=ids,
                         attention_mask=mask,
@@ -230,23 +235,36 @@ class _Decoder:
             yield grown
 
     @torch.inference_mode()
-    def _shared(self, rows: list[int]) -> Any:
-        """A cache of the rows' prompts but for their last tokens; None where they share none.
+    def _begun(self, rows: list[int]) -> Any:
+        """A cache of the rows' prompts but for their last tokens; None: the model makes its own.
 
-        The last token is left to each row itself, which begins to differ after it.
+        A prompt is read once for all rows of its kind. Its last token is left to each row itself,
+        which begins to differ after it.
         """
         key = {row: self.kind(row) for row in rows}
-        firsts = list({key[row]: row for row in reversed(rows)}.values())  # one a prompt and kind
-        if len(firsts) == len(rows) or min(len(self.prompts[row]) for row in firsts) < 2:
-            return None
-        inputs = {name: value[:, :-1] for name, value in self._inputs(firsts).items()}
-        with self.around_batch(firsts):
-            out = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        if (cache := getattr(out, "past_key_values", None)) is not None:
+        firsts = list({key[row]: row for row in reversed(rows)}.values())[::-1]  # longest first
+        lengths = [len(self.prompts[row]) - 1 for row in firsts]
+        begun: Any = two_part_cache(self.model)
+        if min(lengths) < 1 or (begun is None and len(firsts) == len(rows)):
+            return begun
+        if can_be_merged(begun):
+            runs = passes(firsts, lengths, len(firsts), self.model.device)
+            begun = merged([self._read(run) for run in runs])
+        else:
+            begun = self._read(firsts)
+        if begun is not None:
             entry = {key[row]: index for index, row in enumerate(firsts)}
-            taken = [entry[key[row]] for row in rows]
-            cache.reorder_cache(torch.tensor(taken, device=self.model.device))
-        return cache
+            taken = torch.tensor([entry[key[row]] for row in rows], device=self.model.device)
+            begun.reorder_cache(taken)
+        return begun
+
+    def _read(self, rows: list[int]) -> Any:
+        """The cache after these rows' prompts but for their last tokens; None: there is none."""
+        inputs = {name: value[:, :-1] for name, value in self._inputs(rows).items()}
+        cache = two_part_cache(self.model)
+        with self.around_batch(rows), attending(self.model, cache):
+            out = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return getattr(out, "past_key_values", None)
 
     def _inputs(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """Prompts with their ends aligned, [rows, tokens]."""

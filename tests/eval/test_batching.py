@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from eval.batching import batches, fitting, left_pad, right_pad
+from eval.batching import _PASS_TOKENS, batches, fitting, left_pad, passes, right_pad
 from eval.errors import UserError
 
 ROWS = [[5, 6], [7, 8, 9, 10], [11], [12, 13, 14, 15], [16, 17, 18]]
@@ -24,6 +24,16 @@ def test_right_pad_by_hand() -> None:
     assert inputs["input_ids"].tolist() == [[5, 6, 3, 3], [7, 8, 9, 10]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert inputs["position_ids"].tolist() == [[0, 1, 1, 1], [0, 1, 2, 3]]
+
+
+def test_a_pass_on_a_cpu_has_no_more_tokens_than_its_caches_hold() -> None:
+    most, cpu = _PASS_TOKENS * torch.get_num_threads(), "cpu"
+    lengths = [most + 1, most // 2, most // 2, most // 4, most // 4, most // 2, 1]
+    runs = list(passes([7, 6, 5, 4, 3, 2, 1], lengths, 9, cpu))
+    assert runs == [[7], [6, 5], [4, 3], [2, 1]]  # a pass is as wide as its longest row
+    assert list(passes([1, 2, 3], [most] * 3, 2, torch.device("cuda"))) == [[1, 2], [3]]
+    assert list(passes([1, 2, 3], [0] * 3, 2, cpu)) == [[1, 2], [3]]
+    assert list(passes([], [], 2, cpu)) == []
 
 
 def test_rows_are_halved_until_they_fit() -> None:
