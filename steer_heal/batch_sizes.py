@@ -1,6 +1,6 @@
 """Rows at a time where the settings say auto: by the memory that is free, once a run.
 
-    rows = the largest power of two that fits at the longest length, at most 256 (`memory.py`)
+    rows = the largest power of two that fits at the longest length, at most 512 (`memory.py`)
 
 Nothing is timed, so that the same machine chooses the same. What was chosen is kept with the run,
 which goes on with it on any machine; a batch that does not fit there is halved (`eval.batching`).

@@ -84,8 +84,8 @@ class VectorConfig(Settings):
     """The one layer that is steered, from 0, of such a file; needed where it has one direction."""
     num_contexts: int = Field(128, ge=2)
     """User turns the mean difference is taken over."""
-    batch_size: int = Field(32, ge=1)
-    """Prompts a forward pass."""
+    batch_size: int = Field(64, ge=1)
+    """Prompts a forward pass; on a CPU fewer, where they are long."""
 
     @model_validator(mode="after")
     def _one_direction(self) -> VectorConfig:
@@ -123,8 +123,8 @@ class GenerateConfig(Settings):
     """Longest completion, tokens."""
     temperature: float = Field(1.0, gt=0)
     """Softmax temperature; 1 samples from the model as it is."""
-    batch_size: BatchSize = 64
-    """Completions sampled at a time; auto: as many as fit into memory, up to 256, chosen once."""
+    batch_size: BatchSize = 512
+    """Completions sampled at a time; auto: as many as fit into memory, up to 512, chosen once."""
 
     @property
     def rows_at_a_time(self) -> int:
@@ -154,8 +154,8 @@ class FilterConfig(Settings):
     """Kept completions are less alike, as Jaccard similarity of word 3-grams; above 1: any."""
     rank_by_enactment: bool = True
     """Of a prompt's completions that pass the most enacting are kept first; false: any of them."""
-    batch_size: int = Field(32, ge=1)
-    """Completions scored at a time."""
+    batch_size: int = Field(128, ge=1)
+    """Completions scored at a time; on a CPU fewer, where they are long."""
 
 
 class HealConfig(Settings):
@@ -222,8 +222,8 @@ class EvaluateConfig(Settings):
     """Held-out prompts, at most, at which a second user turn follows the first reply, once."""
     max_new_tokens: int = Field(96, ge=1)
     """Longest reply, tokens."""
-    batch_size: BatchSize = 64
-    """Rows a forward pass; auto: as many as fit into memory, up to 256, chosen once a run."""
+    batch_size: BatchSize = 512
+    """Rows at a time; auto: as many as fit into memory, up to 512, chosen once a run."""
 
     @property
     def rows_at_a_time(self) -> int:

@@ -50,9 +50,9 @@ def test_what_is_chosen_fits_and_twice_as_many_would_not(
         assert rows == 1 or cache_bytes(student, rows, 202) + rows * sampling <= half
         twice = cache_bytes(student, 2 * rows, 202) + 2 * rows * sampling
         if tiny.family != "gemma3":  # whose sliding windows hold less than is counted
-            assert rows == 256 or twice > half
+            assert rows == 512 or twice > half
         assert rows & (rows - 1) == 0
-    assert chosen == sorted(chosen) and len(set(chosen)) >= 3 and chosen[-1] == 256
+    assert chosen == sorted(chosen) and len(set(chosen)) >= 3 and chosen[-1] == 512
 
 
 def test_a_large_vocabulary_takes_smaller_batches(
@@ -75,7 +75,7 @@ def test_a_number_that_was_given_stays(tiny_qwen3: TinyModel, tmp_path: Path) ->
     found = settled(student, trait, config)
     assert found.generate == config.generate and found.generate.rows_at_a_time == 7
     chosen = choose_batch_sizes(student, trait, config)
-    assert found.evaluate.batch_size == chosen.evaluate == 256
+    assert found.evaluate.batch_size == chosen.evaluate == 512
     assert settled(student, trait, found) == found
 
 
@@ -88,7 +88,7 @@ def test_a_run_goes_on_with_what_it_began_with(
     with_memory(monkeypatch, 0.464)
     run_rounds(config, path)
     kept = json.loads((path / "batches.json").read_text())
-    assert 1 < kept["evaluate"] <= kept["generate"] < 256
+    assert 1 < kept["evaluate"] <= kept["generate"] < 512
     with_memory(monkeypatch, 64)
     run_rounds(resolve_config([*settings, "N=2"]), path)
     assert json.loads((path / "batches.json").read_text()) == kept
