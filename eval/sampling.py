@@ -226,12 +226,14 @@ class _Decoder:
                 grown = list(zip(rows, ids[:, width:].tolist(), strict=True))
                 over = torch.isin(ids[:, width:], stops).any(1) | (ids.shape[1] == longest)
                 over |= torch.tensor([self.give_up(new) for _, new in grown], device=ids.device)
-                going = (~over).nonzero().flatten()
-                rows, ids, mask = [rows[index] for index in going.tolist()], ids[going], mask[going]
+                if over.any():
+                    going = (~over).nonzero().flatten()
+                    rows = [rows[index] for index in going.tolist()]
+                    ids, mask = ids[going], mask[going]
+                    if cache is not None:
+                        cache.reorder_cache(going)
                 if cache is None:  # Mamba: what goes on is read again from its start, once
                     segment = self.uniforms.shape[1]
-                else:
-                    cache.reorder_cache(going)
             yield grown
 
     @torch.inference_mode()
@@ -252,7 +254,7 @@ class _Decoder:
             begun = merged([self._read(run) for run in runs])
         else:
             begun = self._read(firsts)
-        if begun is not None:
+        if begun is not None and firsts != rows:
             entry = {key[row]: index for index, row in enumerate(firsts)}
             taken = torch.tensor([entry[key[row]] for row in rows], device=self.model.device)
             begun.reorder_cache(taken)
