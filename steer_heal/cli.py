@@ -44,6 +44,9 @@ def round(
     processes: Annotated[
         int, typer.Option(min=1, help="that share the work, each with the model: one a GPU")
     ] = 1,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="tells what each stage took, as a table")
+    ] = False,
 ) -> None:
     """Runs steer-heal rounds and draws the report; the same command again goes on."""
     with _working("the same command goes on from there"):
@@ -53,14 +56,14 @@ def round(
         if processes > 1:
             from steer_heal.apart import run_together
 
-            raise typer.Exit(run_together(processes, settings or []))
+            raise typer.Exit(run_together(processes, [*(settings or []), *["--profile"] * profile]))
         with joined(config.device):
             from steer_heal.loop import run_rounds
             from steer_heal.manifest import run_path
             from steer_heal.report import write_report
 
             path = run_path(config)
-            run_rounds(config, path)
+            run_rounds(config, path, profile)
             write_report(path)
 
 

@@ -57,7 +57,14 @@ def _require_name(name: str | None) -> str | None:
     return name
 
 
-FREE = ("rounds", "patience", "folder", "device", "cache")  # may change in a run that was begun
+FREE = (
+    "rounds",
+    "patience",
+    "folder",
+    "device",
+    "cache",
+    "profile",
+)  # may change in a run that was begun
 
 Band = Annotated[tuple[float, float], AfterValidator(_require_band)]
 Grid = Annotated[tuple[float, float], AfterValidator(_require_grid)]

@@ -37,8 +37,8 @@ from steer_heal.vector import extract_vector
 from steer_heal.watch import Watch
 
 
-def run_rounds(config: RunConfig, path: Path) -> None:
-    """Runs what remains of a run's rounds in its folder."""
+def run_rounds(config: RunConfig, path: Path, profiled: bool = False) -> None:
+    """Runs what remains of a run's rounds in its folder; `profiled`: tells what each stage took."""
     trait = load_trait(config.trait, config.pos, config.neg)
     description = describe(config, trait)
     check_run(path, description)  # all that is cheap to refuse comes before a model is loaded
@@ -46,7 +46,7 @@ def run_rounds(config: RunConfig, path: Path) -> None:
     base = load_student(config.model, [], config.device)
     description["model"] = base.loaded.weights_hash
     cache = open_cache(config.cache, description, base.loaded.model.device)
-    with open_run(path, config.seed, description, cache) as run:
+    with open_run(path, config.seed, description, cache, profiled) as run:
         _loop(run, base, trait, config)
 
 

@@ -50,9 +50,12 @@ class Round(Stages):
 class Run(Stages):
     """A run's folder; hold it open while working in it."""
 
-    def __init__(self, path: Path, seed: int, cache: StageCache | None = None) -> None:
+    def __init__(
+        self, path: Path, seed: int, cache: StageCache | None = None, profiled: bool = False
+    ) -> None:
         super().__init__(path, f"run {path.name}", (seed, "run"), cache)
         self._seed = seed
+        self._profiled = profiled  # what each stage took is told as a table
 
     def round(self, index: int) -> Round:
         return Round(self.path / f"round-{index:02d}", index, self._seed, self.cache)
@@ -73,7 +76,7 @@ class Run(Stages):
                 ends the run.
         """
         first, reason = len(self.done_rounds()), why_stop()
-        start, before = time.monotonic(), sum(self.spent_s.values())
+        start, before = time.monotonic(), self.spent_s
         for index in range(first, total):
             if reason is not None:
                 break
@@ -81,14 +84,16 @@ class Run(Stages):
             self._make_folder(following.path)
             yield following
             reason = why_stop()
-            once_s = sum(self.spent_s.values()) - before  # its own stages do not come again
+            once_s = self.spent_s - before  # its own stages do not come again
             taken = (time.monotonic() - start - once_s) / (index + 1 - first)
             left_s = taken * (total - 1 - index) if reason is None else 0.0
             logger.info("{} took {}", following.label, following.by_stage())
+            self._tell_profile(following)
             each = f"{index + 1} of {total} rounds done, {duration_text(taken)} each"
             logger.info("{}", f"{each}, about {duration_text(left_s)} to go" if left_s else each)
-        if self.spent_s:
+        if self.spent:
             logger.info("{} itself took {}", self.label, self.by_stage())
+            self._tell_profile(self)
         if reason is not None or first >= total:
             num_done = len(self.done_rounds())
             further = reason or f"N={num_done + 1} goes further"
@@ -116,6 +121,10 @@ class Run(Stages):
             rounds.pop()
         return [done.adapter_name for done in rounds]
 
+    def _tell_profile(self, stages: Stages) -> None:
+        if self._profiled and stages.spent:
+            logger.info("{}, by stage\n{}", stages.label, "\n".join(stages.profile()))
+
     @on_main
     def _make_folder(self, path: Path) -> None:
         with disk_errors(self.path):
@@ -140,7 +149,11 @@ def check_run(path: Path, description: dict[str, Any]) -> None:
 
 @contextmanager
 def open_run(
-    path: Path, seed: int, description: dict[str, Any], cache: StageCache | None = None
+    path: Path,
+    seed: int,
+    description: dict[str, Any],
+    cache: StageCache | None = None,
+    profiled: bool = False,
 ) -> Iterator[Run]:
     """Opens a run for work: creates it, or goes on with it; no other process can meanwhile.
 
@@ -148,11 +161,12 @@ def open_run(
         description: what run.json says; its "config" must be the run's own, but for what says how
             far to go.
         cache: stages that other runs have made already are taken from it.
+        profiled: what each stage takes is told as a table.
     Raises:
         UserError: another process holds it, it was begun with another config, or it cannot be
             written.
     """
-    run = Run(path, seed, cache)
+    run = Run(path, seed, cache, profiled)
     with ExitStack() as held:
         _take(run, description, held)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
@@ -77,6 +78,19 @@ class _StageRecord(BaseModel):
 _RECORDS = TypeAdapter(dict[str, _StageRecord])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What a stage took, its files' writing included."""
+
+    wall_s: float
+    cpu_s: float  # of this process, all its threads together
+    num_sampled: int | None  # tokens; None: it does not sample
+
+    @property
+    def tokens_a_s(self) -> float:
+        return (self.num_sampled or 0) / self.wall_s
+
+
 class Stages:
     """A folder in which stages leave their files, each once."""
 
@@ -87,8 +101,7 @@ class Stages:
         self.label = label  # how messages call it
         self.cache = cache  # of stages that other runs have made already
         self._seed_path = seed_path
-        self.spent_s: dict[str, float] = {}  # wall time of each stage that ran in this process
-        self.sampled: dict[str, int] = {}  # tokens, of those that sample
+        self.spent: dict[str, Spent] = {}  # on each stage that ran in this process
 
     def seed(self, stage: str) -> int:
         """Seed of a stage's draws, from (run, round, stage): 31 bits."""
@@ -98,35 +111,53 @@ class Stages:
         """The stage's artifact: loaded if it is there from the same inputs, made if it is not."""
         name = kind.stage
         fingerprint = digest_of([name, *(_digest(value) for value in inputs)])
-        start = time.monotonic()
+        start, start_cpu, sampled = time.monotonic(), time.process_time(), None
         found = self._find(kind, fingerprint)
         if found == "nowhere":
             logger.info("{}: {}", self.label, name)
             value = stage(*inputs)
             if isinstance(value, Sampled):
-                self.sampled[name] = value.num_tokens
+                sampled = value.num_tokens
             self._write(kind, value, fingerprint)
         if found != "here":
-            self.spent_s[name] = time.monotonic() - start
+            self.spent[name] = Spent(
+                wall_s=time.monotonic() - start,
+                cpu_s=time.process_time() - start_cpu,
+                num_sampled=sampled,
+            )
         return self.read(kind)
+
+    @property
+    def spent_s(self) -> float:
+        """Wall time of the stages that ran in this process."""
+        return sum(spent.wall_s for spent in self.spent.values())
 
     def by_stage(self) -> str:
         """Where the time went, the longest first; of what samples, how fast.
 
         As `drafts 8.1 s (45 %, 1799 tokens/s), eval 6.0 s (33 %)`.
         """
-        whole = sum(self.spent_s.values())
-        longest = sorted(self.spent_s.items(), key=lambda item: -item[1])
-        shares = [
-            f"{name} {spent:.1f} s ({spent / whole:.0%}{self._rate(name)})"
-            for name, spent in longest
-        ]
+        shares = []
+        for name, spent in self._longest_first():
+            rate = f", {spent.tokens_a_s:.0f} tokens/s" if spent.num_sampled else ""
+            share = spent.wall_s / self.spent_s
+            shares.append(f"{name} {spent.wall_s:.1f} s ({share:.0%}{rate})")
         return ", ".join(shares) or "no time: all its stages were there"
 
-    def _rate(self, name: str) -> str:
-        if name not in self.sampled:
-            return ""
-        return f", {self.sampled[name] / self.spent_s[name]:.0f} tokens/s"
+    def profile(self) -> list[str]:
+        """The same as a table, with the CPU time of this process and the tokens sampled."""
+        rows = [
+            f"{name:<10}{spent.wall_s:>8.1f}{spent.wall_s / self.spent_s:>8.0%}{spent.cpu_s:>8.1f}"
+            + (f"{spent.num_sampled:>8}{spent.tokens_a_s:>9.0f}" if spent.num_sampled else "")
+            for name, spent in self._longest_first()
+        ]
+        return [
+            f"{'stage':<10}{'wall s':>8}{'share':>8}{'CPU s':>8}{'tokens':>8}{'a second':>9}",
+            *rows,
+        ]
+
+    def _longest_first(self) -> list[tuple[str, Spent]]:
+        return sorted(self.spent.items(), key=lambda item: -item[1].wall_s)
 
     @on_main
     def read(self, kind: type[Value]) -> Value:

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,17 +294,24 @@ def test_where_the_time_went_is_said_by_stage_the_longest_first(tmp_path: Path) 
 
     assert round.by_stage() == "no time: all its stages were there"
     round.once(Limits, slow)
-    round.spent_s["drafts"] = round.spent_s["limits"] / 3
+    limits = round.spent["limits"]
+    assert limits.wall_s >= 0.3 > limits.cpu_s and limits.num_sampled is None
+    drafts = replace(limits, wall_s=limits.wall_s / 3)
+    round.spent["drafts"] = drafts
     shares = re.fullmatch(
         r"limits 0\.[34] s \((\d+)%\), drafts 0\.1 s \((\d+)%\)", round.by_stage()
     )
     assert shares is not None and shares.groups() == ("75", "25")
-    round.sampled["drafts"] = 50
+    round.spent["drafts"] = replace(drafts, num_sampled=50)
     rate = re.search(r"drafts 0\.1 s \(25%, (\d+) tokens/s\)", round.by_stage())
-    assert rate is not None and int(rate[1]) == builtins.round(50 / round.spent_s["drafts"])
+    assert rate is not None and int(rate[1]) == builtins.round(50 / drafts.wall_s)
+    heads, *table = [line.split() for line in round.profile()]
+    assert [heads[0], heads[3]] == ["stage", "share"]
+    assert [row[0::2][:2] for row in table] == [["limits", "75%"], ["drafts", "25%"]]
+    assert table[1][-2:] == ["50", rate[1]] and len(table[0]) == 4
     again = Run(tmp_path, 0).round(0)
     again.once(Limits, slow)
-    assert again.spent_s == {}
+    assert again.spent == {}
 
 
 def test_no_round_follows_once_there_is_a_reason(tmp_path: Path) -> None:

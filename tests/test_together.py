@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,8 +95,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def pair(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder = tmp_path_factory.mktemp("pair")
-    alone = Command(folder / "alone", "round", *settings).end()
+    alone = Command(folder / "alone", "round", "--profile", *settings).end()
     assert alone.code == 0, alone
+    tables = re.findall(
+        r"by stage\n(stage +wall s +share +CPU s.*\n(?:\w+ +[\d.]+ .*\n)+)", alone.err
+    )
+    assert [re.findall(r"^drafts ", table, re.MULTILINE) for table in tables] == [["drafts "], []]
     running = [
         Command(folder / "shared", "round", *settings, fate=Fate(environment=environment))
         for environment in together(2)
