@@ -330,7 +330,7 @@ def test_a_run_tells_its_plan_before_it_loads_and_its_peak_at_the_end(tmp_path: 
 
 def test_what_does_not_fit_is_warned_of(tiny_qwen3: TinyModel) -> None:
     student = load_student(str(tiny_qwen3.folder), [], "cpu")
-    found = looked_over(student, "generate.batch_size=100000000")
+    found = looked_over(student, "generate.batch_size=100000000", "generate.num_drafts=100000000")
     assert statuses(found) == {"memory": "warn"}
     assert "generate.batch_size" in found["memory"].advice
 
