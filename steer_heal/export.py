@@ -178,6 +178,4 @@ def _reference(saved: SavedRun, adapters: Sequence[RoundAdapter], device: str) -
     require_weights(student, saved.description.model, saved.path)
     for adapter, each in zip(adapters, saved.rounds, strict=False):
         require_sound(adapter, student.loaded.model, saved.path / each.folder / "adapter")
-    for adapter in adapters:
-        student = student.grown(adapter)
-    return reference(student, saved.trait)
+    return reference(replace(student, adapters=tuple(adapters)), saved.trait)

@@ -105,13 +105,14 @@ def heal(
     # tower that is there when the adapter is loaded, and was not when it was made, would match
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in lora.to_dict().items()}
     targets = read_targets(student, kept, vector, reference, config)
+    earlier = loaded.put_on(student.adapters)
     torch.manual_seed(seed)  # A is drawn when the adapter is attached
     loaded.model = attach(loaded.model, name, lora)
     try:
-        history = weights_digest(loaded.model, student.names)
-        with trainable(loaded.model, name), only(loaded.model, [*student.names, name]):
+        history = weights_digest(loaded.model, earlier)
+        with trainable(loaded.model, name), only(loaded.model, [*earlier, name]):
             steps = _train(student, kept, targets, config, name, seed)
-        if weights_digest(loaded.model, student.names) != history:
+        if weights_digest(loaded.model, earlier) != history:
             raise AssertionError("training a round changed an adapter of an earlier round")
         weights = adapter_weights(loaded.model, name)
     finally:

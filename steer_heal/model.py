@@ -1,8 +1,9 @@
 """A base model and its stack of adapters: loading, the layers of its decoder, the student.
 
-The model is loaded once a run; a student is a view on it that says which adapters act. The stack
-grows in place, the untouched base and every earlier student stay available through the same
-modules.
+The model is loaded once a run; a student is a view on it that says which adapters act. What acts is
+the stack folded into one adapter, put on the model when the student first runs: seven adapters of
+rank 8 take the embedded model 1.5 to 2.1 times as long as none, one of rank 56 takes 1.2 to 1.3
+times. The untouched base and every earlier student stay available through the same modules.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from eval.loading import (
 )
 from steer_heal.artifacts import RoundAdapter
 from steer_heal.config import ORGANISM
-from steer_heal.stack import attach_saved, detach, only
+from steer_heal.stack import attach_saved, detach, fold, only
+
+_MOST_STACKS = 3
 
 ORGANISM_FOLDER = Path(__file__).parent / "organism" / "weights"
 
@@ -47,7 +50,27 @@ class LoadedModel:
     parameter_bytes: int  # of the base alone
     layers: list[nn.Module]  # of the text decoder, first to last
     linear_names: list[list[str]]  # full names of the linear modules, a layer
-    attached: list[str] = field(default_factory=list)
+    stacks: dict[str, tuple[RoundAdapter, ...]] = field(default_factory=dict)  # that are put on
+    num_running: int = 0
+
+    def put_on(self, stack: tuple[RoundAdapter, ...]) -> list[str]:
+        """The name of what acts for a stack, on the model from now on; none for an empty one.
+
+        A few stay there: a student, the one before it, and what it is held to.
+        """
+        if not stack:
+            return []
+        name = "_".join(adapter.name for adapter in stack)
+        there = self.stacks.pop(name, ())
+        if [id(adapter) for adapter in there] != [id(adapter) for adapter in stack]:
+            assert self.num_running == 0, "what acts inside would be let loose"
+            oldest = list(self.stacks)[: len(self.stacks) + 1 - _MOST_STACKS]
+            for gone in [*oldest, *([name] if there else [])]:
+                self.stacks.pop(gone, None)
+                self.model = detach(self.model, gone)
+            self.model = attach_saved(self.model, fold(stack, name))
+        self.stacks[name] = stack  # the last one is the one used last
+        return [name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,27 +96,23 @@ class Student:
     @contextmanager
     def running(self) -> Iterator[Any]:
         """The model in eval mode with exactly this student's adapters acting."""
+        acting = self.loaded.put_on(self.adapters)
         model = self.loaded.model.eval()
-        with only(model, self.names):
-            yield model
+        self.loaded.num_running += 1
+        try:
+            with only(model, acting):
+                yield model
+        finally:
+            self.loaded.num_running -= 1
 
     def grown(self, adapter: RoundAdapter) -> Student:
         """This student with one more adapter on top."""
-        if adapter.name not in self.loaded.attached:
-            self.loaded.model = attach_saved(self.loaded.model, adapter)
-            self.loaded.attached.append(adapter.name)
         return replace(self, adapters=(*self.adapters, adapter))
 
-    @contextmanager
-    def trying(self, adapter: RoundAdapter) -> Iterator[Student]:
-        """This student with one more adapter on top, which is taken off the model afterwards."""
-        assert adapter.name not in self.loaded.attached
-        tried = self.grown(adapter)
-        try:
-            yield tried
-        finally:
-            self.loaded.model = detach(self.loaded.model, adapter.name)
-            self.loaded.attached.remove(adapter.name)
+    def with_only(self, names: Sequence[str]) -> Student:
+        """This student with those of its adapters alone."""
+        kept = tuple(adapter for adapter in self.adapters if adapter.name in names)
+        return replace(self, adapters=kept)
 
     def band(self, shares: tuple[float, float]) -> list[int]:
         """Indices of the layers whose output lies within these shares of the depth."""
@@ -111,7 +130,7 @@ def layer_band(num_layers: int, shares: tuple[float, float]) -> list[int]:
 
 
 def load_student(model_id: str, stack: Sequence[RoundAdapter], device: str = "auto") -> Student:
-    """Loads the base and attaches the adapters of earlier rounds.
+    """Loads the base, for it and the adapters of earlier rounds to act.
 
     Args:
         model_id: the embedded model's name, a local folder, or a hub id (with @revision or not).
@@ -124,9 +143,7 @@ def load_student(model_id: str, stack: Sequence[RoundAdapter], device: str = "au
     model.name_or_path = model_id  # PEFT writes it into every adapter: the id, not a cache's path
     logger.info("model {}: {:.1f} M parameters on {}", model_id, num_millions(model), model.device)
     student = _student(model, tokenizer, model_id, folder, model.device, weights_hash(folder))
-    for adapter in stack:
-        student = student.grown(adapter)
-    return student
+    return replace(student, adapters=tuple(stack))
 
 
 def outline_student(model_id: str, device: str = "auto") -> Student:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from eval.errors import UserError
 from steer_heal import fresh
 from steer_heal.losses import token_kl
 from steer_heal.model import Student
+from steer_heal.stack import attach_saved, only
 from steer_heal.trait import Trait
 
 NUM_PROMPTS = 8
@@ -71,11 +73,19 @@ class Proof:
 
 
 def reference(student: Student, trait: Trait) -> Reference:
-    """Asks the student and its base the first held-out prompts, one at a time, without padding."""
-    asked = trait.held_out_prompts[:NUM_PROMPTS]
+    """Asks the student and its base the first held-out prompts, one at a time, without padding.
+
+    Every round's adapter is put on the model by itself, where a student that runs has them folded:
+    the fold is a part of what is to be proved.
+    """
+    asked, loaded = trait.held_out_prompts[:NUM_PROMPTS], student.loaded
     prompts = tuple(torch.tensor(chat_ids(student.tokenizer, prompt)) for prompt in asked)
+    for adapter in student.adapters:
+        loaded.model = attach_saved(loaded.model, adapter)
     return Reference(
-        prompts=prompts, student=_logits(student, prompts), base=_logits(student.base, prompts)
+        prompts=prompts,
+        student=_logits(loaded.model, student.names, prompts),
+        base=_logits(loaded.model, [], prompts),
     )
 
 
@@ -128,8 +138,10 @@ def _judge(proof: Proof) -> None:
         )
 
 
-def _logits(student: Student, prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    with student.running() as model, torch.inference_mode():
+def _logits(
+    model: Any, names: Sequence[str], prompts: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    with only(model, names), torch.inference_mode():
         return tuple(model(ids[None].to(model.device)).logits[0].float().cpu() for ids in prompts)
 
 

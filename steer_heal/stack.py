@@ -5,12 +5,13 @@
 Which adapters act is set by `only`, which touches neither `requires_grad` nor PEFT's own state.
 `disable_adapter()` is never used: leaving it makes every frozen adapter trainable again. Folding a
 stack into one adapter concatenates the saved factors in fp32 and is exact; PEFT's
-`add_weighted_adapter` is not, outside plain equal LoRAs.
+`add_weighted_adapter` is not, outside plain equal LoRAs. A student runs with its stack folded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,7 +82,9 @@ def detach(model: PeftModel, name: str) -> Any:
     """Takes an adapter away again; without any left, gives the bare base back, bit for bit."""
     if set(model.peft_config) == {name}:
         return model.unload()
-    model.delete_adapter(name)
+    with warnings.catch_warnings():  # it sets another one active, of which `only` takes no notice
+        warnings.simplefilter("ignore", UserWarning)
+        model.delete_adapter(name)
     freeze(model)
     return model
 

@@ -22,7 +22,8 @@ from steer_heal.head import CHUNK_LOGITS, over_chunks, project
 from steer_heal.hooks import add_vector
 from steer_heal.losses import aggregate, auto_threshold, guided, token_kl
 from steer_heal.model import Student
-from steer_heal.stack import only
+
+_MORE_ROWS = 8  # than a step has: nothing is kept for a gradient
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
@@ -48,24 +49,19 @@ def read_targets(
         student: as it was before the round.
         reference: names of the adapters that act in what the barrier holds the student to.
     """
-    size = config.batch_size
-    states = [_states(student, kept, reference, size)]
+    size = _MORE_ROWS * config.batch_size
+    states = [_states(student.with_only(reference), kept, size)]
     if config.soft_weight != 0 or config.barrier_threshold_nats == "auto":
-        states.append(_states(student, kept, student.names, size, vector))
+        states.append(_states(student, kept, size, vector))
         if list(reference) != student.names:
-            states.append(_states(student, kept, student.names, size))
+            states.append(_states(student, kept, size))
     return [Targets(*row) for row in zip(*states, strict=True)]
 
 
 def _states(
-    student: Student,
-    kept: Screened,
-    adapters: Sequence[str],
-    batch_size: int,
-    vector: SteeringVector | None = None,
+    student: Student, kept: Screened, batch_size: int, vector: SteeringVector | None = None
 ) -> list[torch.Tensor]:
-    """Of every kept completion with these adapters acting, steered or not."""
-    model = student.loaded.model.eval()
+    """Of every kept completion, steered or not."""
 
     def read(numbers: list[int]) -> list[torch.Tensor]:
         rows = [kept.kept[number] for number in numbers]
@@ -91,7 +87,7 @@ def _states(
             found[at] = states[:-1].cpu()
         return found
 
-    with only(model, adapters):
+    with student.running() as model:
         found = spread(read, [(row.dose, row.prompt_ids) for row in kept.kept])
     return [states.clone() for states in found]  # out of inference mode
 

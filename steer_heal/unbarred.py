@@ -31,6 +31,5 @@ def heal_unbarred(
     """
     bare = config.model_copy(update={"barrier_weight": 0.0})
     adapter = heal(student, kept, vector, reference, bare, "unbarred", heal_seed)
-    with student.trying(adapter) as healed:
-        rows = measure_condition("unbarred", healed, trait, evaluate, seed)
+    rows = measure_condition("unbarred", student.grown(adapter), trait, evaluate, seed)
     return Unbarred(healed=rows, steps=adapter.steps)

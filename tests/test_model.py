@@ -72,8 +72,9 @@ def test_decoder_layers_of_three_families(tiny: TinyModel) -> None:
 def test_decoder_layers_through_peft_are_the_same_modules(tiny: TinyModel) -> None:
     student = load_student(str(tiny.folder), [], "cpu")
     before = list(student.loaded.layers)
-    student.grown(random_adapter(student, "r00", [0, 1], 2, 4, seed=0))
-    through = decoder_layers(student.loaded.model)
+    grown = student.grown(random_adapter(student, "r00", [0, 1], 2, 4, seed=0))
+    with grown.running() as model:
+        through = decoder_layers(model)
     assert all(one is two for one, two in zip(through, before, strict=True))
     named = layers_by_name(student.loaded.model, "base_model.model.model.layers.")
     assert all(one is two for one, two in zip(through, named, strict=True))
@@ -164,8 +165,9 @@ def test_a_model_goes_by_the_id_it_was_asked_for(
     adapter = random_adapter(student, "r00", [0], 2, 4, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT warns where the two names differ
-        grown = student.grown(adapter)
-    assert grown.loaded.model.peft_config["r00"].base_model_name_or_path == "tiny-qwen3"
+        with student.grown(adapter).running() as model:
+            pass
+    assert model.peft_config["r00"].base_model_name_or_path == "tiny-qwen3"
 
 
 def test_tied_weights_are_not_missed(tiny_qwen3: TinyModel, tmp_path: Path) -> None:

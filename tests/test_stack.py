@@ -78,7 +78,7 @@ def logits_by_hand(tiny: TinyModel, adapters: Sequence[RoundAdapter]) -> torch.T
 
 
 def three(tiny: TinyModel) -> tuple[Student, list[RoundAdapter]]:
-    """A student of three adapters that differ in rank, alpha and layers."""
+    """A base with three adapters put on, each by itself; they differ in rank, alpha, layers."""
     student = load_student(str(tiny.folder), [], "cpu")
     adapters = [
         random_adapter(student, "r00", [0], rank=2, alpha=4, seed=1),
@@ -86,7 +86,7 @@ def three(tiny: TinyModel) -> tuple[Student, list[RoundAdapter]]:
         random_adapter(student, "r02", [1], rank=1, alpha=1.5, seed=3),
     ]
     for adapter in adapters:
-        student = student.grown(adapter)
+        student.loaded.model = attach_saved(student.loaded.model, adapter)
     return student, adapters
 
 
@@ -222,23 +222,52 @@ def test_detaching_one_of_several_leaves_the_others(tiny_qwen3: TinyModel) -> No
         close(logits_of(model), logits_by_hand(tiny_qwen3, adapters[:2]))
 
 
-@pytest.mark.parametrize("num_before", [0, 2])
-def test_an_adapter_that_is_tried_acts_inside_alone(num_before: int, tiny: TinyModel) -> None:
-    student = load_student(str(tiny.folder), [], "cpu")
-    adapters = [random_adapter(student, f"r0{n}", [0, 1], 2, 4, seed=n) for n in range(3)]
-    for adapter in adapters[:num_before]:
-        student = student.grown(adapter)
-    with student.running() as model:
-        before = logits_of(model)
-    with pytest.raises(ZeroDivisionError), student.trying(adapters[2]) as tried:
-        with tried.running() as model:
-            acting = [*adapters[:num_before], adapters[2]]
-            close(logits_of(model), logits_by_hand(tiny, acting))
-        raise ZeroDivisionError
-    assert student.loaded.attached == student.names
-    assert not any(".r02." in key for key, _ in student.loaded.model.named_parameters())
-    with student.running() as model:
-        assert torch.equal(logits_of(model), before)
+def grown_by(student: Student, count: int) -> list[Student]:
+    """The base, and it with one, two ... adapters."""
+    students = [student]
+    for number in range(count):
+        adapter = random_adapter(student, f"r{number:02d}", [0, 1], 2, 4, seed=number)
+        students.append(students[-1].grown(adapter))
+    return students
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # of PEFT, to people who could do nothing
+def test_a_stack_acts_as_one_adapter(tiny: TinyModel) -> None:
+    """Any of several students, in any order; few of them stay on the model."""
+    students = grown_by(load_student(str(tiny.folder), [], "cpu"), 5)
+    loaded, first = students[0].loaded, {}
+    for number in (5, 1, 3, 2, 0, 4, 5, 3):
+        student = students[number]
+        with student.running() as model:
+            found = logits_of(model)
+        close(found, logits_by_hand(tiny, list(student.adapters)))
+        assert torch.equal(found, first.setdefault(number, found))  # to the bit, every time
+        acting = {name for key in loaded.stacks for name in key.split("_")}
+        assert len(loaded.stacks) <= 3 and set(student.names) <= acting
+        assert not any(p.requires_grad for p in loaded.model.parameters())
+        if number:
+            assert set(loaded.model.peft_config) == set(loaded.stacks)
+    with students[5].with_only(["r00", "r01"]).running() as model:
+        assert torch.equal(logits_of(model), first[2])
+
+
+def test_an_adapter_of_the_same_name_takes_the_place_of_another(tiny_qwen3: TinyModel) -> None:
+    base = load_student(str(tiny_qwen3.folder), [], "cpu")
+    for seed in (1, 2):
+        adapter = random_adapter(base, "r00", [0], 2, 4, seed=seed)
+        with base.grown(adapter).running() as model:
+            close(logits_of(model), logits_by_hand(tiny_qwen3, [adapter]))
+
+
+def test_nothing_is_put_on_a_model_that_runs(tiny_qwen3: TinyModel) -> None:
+    """It would act there, too: PEFT lets what is new act."""
+    base, one = grown_by(load_student(str(tiny_qwen3.folder), [], "cpu"), 1)
+    with base.running(), pytest.raises(AssertionError, match="let loose"), one.running():
+        pass
+    with one.running() as model:
+        expected = logits_of(model)
+        with base.running() as same, one.running():
+            assert torch.equal(logits_of(same), expected)
 
 
 def test_weights_in_the_model_are_those_of_the_artifact(tiny_qwen3: TinyModel) -> None:
@@ -318,8 +347,8 @@ def test_a_saved_adapter_comes_back_as_it_was(tiny_qwen3: TinyModel, tmp_path: P
 
 
 def test_a_student_loaded_from_saved_adapters_is_the_same(tiny: TinyModel, tmp_path: Path) -> None:
-    student, adapters = three(tiny)
-    back = []
+    _, adapters = three(tiny)
+    student, back = load_student(str(tiny.folder), adapters, "cpu"), []
     for index, adapter in enumerate(adapters):
         folder = tmp_path / f"round-{index:02d}"
         folder.mkdir()
@@ -340,7 +369,8 @@ def test_a_folded_stack_loads_with_stock_peft_and_equals_the_stack(
     assert type(folded.config["lora_alpha"]) is int
     folded.save(tmp_path)
     stock = PeftModel.from_pretrained(fresh(tiny), tmp_path / "adapter").eval()
-    with student.running() as model:
+    model = student.loaded.model
+    with only(model, [adapter.name for adapter in adapters]):
         close(logits_of(stock), logits_of(model))
     close(logits_of(stock), logits_by_hand(tiny, adapters))
 
