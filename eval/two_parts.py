@@ -12,7 +12,7 @@ heads, queries a key head, width], so that no head's keys are repeated for the q
 
 A model decodes so where its attention takes keys and values from the cache as they are, by
 transformers' AttentionInterface; that is tried once, on three tokens. All others decode as
-transformers does, and so does everything that is not on a CPU, where copies are cheap.
+transformers does, and so does a GPU, on which this was not measured.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ class TwoPartLayer(DynamicLayer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.new: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # [rows, key heads, tokens, width]
-        )
+        self.new: _KeysValues | None = None
         self.was_read = False  # in two parts, by an attention
 
     def update(
