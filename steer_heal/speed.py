@@ -40,8 +40,8 @@ _BOTH_SIDES = """\
 - **a decoding step**: ours has attention, norms, hook, sampling, and the reading of one prompt that
   all rows share, over 16 steps. The products are the model's own linear modules on as many rows.
 - **replies, logits**: both ways are ours; the other reads a prompt again for every reply to it.
-- **vignettes**: one at a time is `generate` for the think of each frame, greedy, then a forward
-  pass over the whole row.
+- **vignettes**: ours as many rows at a time as a run takes. One at a time is `generate` for the
+  think of each frame, greedy, then a forward pass over the whole row.
 - **heal**: the same rows, modules, rank, optimizer and epochs (2) on both sides, setting up
   included. What the frozen side says is read once before the first step, which is counted, too.
 - **extraction**: the other way encodes the same prompts, runs the same batches and keeps nothing.

@@ -70,17 +70,17 @@ def sampling_rows(models: Models) -> list[Row]:
         ),
         Row(
             name="vignettes",
-            what="vignettes in two frames, no think",
+            what="132 vignettes in two frames, no think",
             against="one row at a time",
             asked=None,
-            ways=lambda: vignettes_ways(models.embedded, 0, 64, 64, 16),
+            ways=lambda: vignettes_ways(models.embedded, 0, 132, 16),
         ),
         Row(
             name="vignettes-64",
-            what="vignettes in two frames, a think of 64 tokens",
+            what="132 vignettes in two frames, a think of 64 tokens",
             against="one row at a time",
             asked=8,
-            ways=lambda: vignettes_ways(models.embedded, 64, 64, 64, 4),
+            ways=lambda: vignettes_ways(models.embedded, 64, 132, 4),
         ),
         Row(
             name="extraction",
@@ -164,11 +164,15 @@ def logits_ways(given: Subject) -> tuple[Work, Work]:
 
 
 def vignettes_ways(
-    given: Subject, num_think: int, batch_size: int, count: int, count_alone: int
+    given: Subject, num_think: int, count: int, count_alone: int
 ) -> tuple[Work, Work]:
-    """Vignettes answered; alone, each frame thinks by itself and is then read whole."""
+    """Vignettes answered, as many rows at a time as a run takes.
+
+    Alone, each frame thinks by itself and is then read whole.
+    """
     suite = load_suite(given.config.evaluate.suite, ForcedChoiceSuite)
     tokenizer, thinking = given.student.tokenizer, Thinking(tokens=num_think)
+    batch_size = given.config.evaluate.rows_at_a_time
 
     def together() -> int:
         some = suite.model_copy(update={"items": suite.items[:count]})

@@ -148,11 +148,11 @@ class Stages:
         """The same as a table, with the CPU time of this process and the tokens sampled."""
         rows = [
             f"{name:<10}{spent.wall_s:>8.1f}{spent.wall_s / self.spent_s:>8.0%}{spent.cpu_s:>8.1f}"
-            + (f"{spent.num_sampled:>8}{spent.tokens_a_s:>9.0f}" if spent.num_sampled else "")
+            + (f"{spent.num_sampled:>8}{spent.tokens_a_s:>10.0f}" if spent.num_sampled else "")
             for name, spent in self._longest_first()
         ]
         return [
-            f"{'stage':<10}{'wall s':>8}{'share':>8}{'CPU s':>8}{'tokens':>8}{'a second':>9}",
+            f"{'stage':<10}{'wall s':>8}{'share':>8}{'CPU s':>8}{'tokens':>8}{'tokens/s':>10}",
             *rows,
         ]
 

@@ -66,7 +66,7 @@ def test_a_ratio_is_time_a_unit_over_time_a_unit(monkeypatch: pytest.MonkeyPatch
 
 
 def test_both_sides_do_the_same_number(tiny_subject: Subject) -> None:
-    vignettes, logits = vignettes_ways(tiny_subject, 4, 8, 3, 3), logits_ways(tiny_subject)
+    vignettes, logits = vignettes_ways(tiny_subject, 4, 3, 3), logits_ways(tiny_subject)
     for ours, other in (vignettes, logits, extraction_ways(tiny_subject)):
         assert ours() == other() > 0
     kept = as_kept(tiny_subject, 8)
