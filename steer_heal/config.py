@@ -57,14 +57,7 @@ def _require_name(name: str | None) -> str | None:
     return name
 
 
-FREE = (
-    "rounds",
-    "patience",
-    "folder",
-    "device",
-    "cache",
-    "profile",
-)  # may change in a run that was begun
+FREE = ("rounds", "patience", "folder", "device", "cache")  # may change in a run that was begun
 
 Band = Annotated[tuple[float, float], AfterValidator(_require_band)]
 Grid = Annotated[tuple[float, float], AfterValidator(_require_grid)]

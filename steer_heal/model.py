@@ -33,7 +33,7 @@ from steer_heal.artifacts import RoundAdapter
 from steer_heal.config import ORGANISM
 from steer_heal.stack import attach_saved, detach, fold, only
 
-_MOST_STACKS = 3
+_MOST_STACKS = 2  # on the model at once: a student's and that of the one after it
 
 ORGANISM_FOLDER = Path(__file__).parent / "organism" / "weights"
 
@@ -56,7 +56,7 @@ class LoadedModel:
     def put_on(self, stack: tuple[RoundAdapter, ...]) -> list[str]:
         """The name of what acts for a stack, on the model from now on; none for an empty one.
 
-        A few stay there: a student, the one before it, and what it is held to.
+        Those used last stay there, too.
         """
         if not stack:
             return []
@@ -64,7 +64,7 @@ class LoadedModel:
         there = self.stacks.pop(name, ())
         if [id(adapter) for adapter in there] != [id(adapter) for adapter in stack]:
             assert self.num_running == 0, "what acts inside would be let loose"
-            oldest = list(self.stacks)[: len(self.stacks) + 1 - _MOST_STACKS]
+            oldest = list(self.stacks)[: max(0, len(self.stacks) + 1 - _MOST_STACKS)]
             for gone in [*oldest, *([name] if there else [])]:
                 self.stacks.pop(gone, None)
                 self.model = detach(self.model, gone)
