@@ -68,7 +68,8 @@ class LoadedModel:
             for gone in [*oldest, *([name] if there else [])]:
                 self.stacks.pop(gone, None)
                 self.model = detach(self.model, gone)
-            self.model = attach_saved(self.model, fold(stack, name))
+            with torch.inference_mode(False):  # else no later round could train beside it
+                self.model = attach_saved(self.model, fold(stack, name))
         self.stacks[name] = stack  # the last one is the one used last
         return [name]
 

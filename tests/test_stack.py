@@ -251,6 +251,18 @@ def test_a_stack_acts_as_one_adapter(tiny: TinyModel) -> None:
         assert torch.equal(logits_of(model), first[2])
 
 
+def test_what_is_put_on_while_a_student_is_only_read_can_be_trained_beside(
+    tiny_qwen3: TinyModel,
+) -> None:
+    *_, one = grown_by(load_student(str(tiny_qwen3.folder), [], "cpu"), 2)
+    with torch.inference_mode(), one.running() as model:
+        logits_of(model)
+    assert not any(p.is_inference() for p in one.loaded.model.parameters())
+    fresh_one = lora_config(2, 4, one.loaded.linear_names[0], "x")
+    with trainable(attach(one.loaded.model, "r02", fresh_one), "r02") as parameters:
+        assert len(parameters) == 2 * len(one.loaded.linear_names[0])
+
+
 def test_an_adapter_of_the_same_name_takes_the_place_of_another(tiny_qwen3: TinyModel) -> None:
     base = load_student(str(tiny_qwen3.folder), [], "cpu")
     for seed in (1, 2):
