@@ -90,14 +90,13 @@ def sample_replies(
 
     Args:
         prompts: token ids up to the assistant tag, [prompts][tokens].
-        seed: 0 or more. The draws of a prompt derive from it and from the prompt's index, so that
-            they do not depend on the batch size, but where rounding moves the logits across one:
-            1 of 384 replies of the embedded model in fp32, more in bf16. The caller's random
-            state is neither read nor changed.
+        seed: 0 or more. A prompt's draws derive from it and the prompt's index, not from the batch,
+            but where rounding moves the logits across one: 1 of 384 replies of the embedded model
+            in fp32, more in bf16. The caller's random state is neither read nor changed.
         forbidden: sequences of token ids that are not sampled. Where end-of-turn tokens are among
             them, a reply has exactly `max_new_tokens`.
-        around_batch: entered around each segment of a batch with the indices of the prompts whose
-            replies go on, in batch order, and before it around the work that they share.
+        around_batch: entered around the reading of a batch's prompts and around each segment that
+            follows, with the indices of the prompts in hand, in batch order.
         kinds: of every prompt, what `around_batch` does to it; prompts of one kind share their
             reading. None: all are of one kind without `around_batch`, each of its own with it.
         give_up: asked of every reply's token ids after each segment; where it says yes, the reply
@@ -117,15 +116,14 @@ def sample_replies(
         around_batch=around_batch or (lambda rows: nullcontext()),
         give_up=give_up or (lambda ids: False),
     )
-    stops = decoder.generation.eos_token_id
 
     def sample(mine: list[int]) -> list[Reply]:
-        replies: dict[int, Reply] = {}
+        replies, stops = dict[int, Reply](), decoder.generation.eos_token_id
         order = [mine[at] for at in longest_first([prompts[row] for row in mine])]
         with progress_bar(len(order), label) as bar:
             for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                for rows, found in fitting(decoder.decode, batch, label):
+                some = order[start : start + batch_size]
+                for rows, found in fitting(decoder.decode, some, label):
                     replies |= zip(rows, (_cut(ids, stops) for ids in found), strict=True)
                     bar.update(len(rows))
         return [replies[row] for row in mine]
