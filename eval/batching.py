@@ -100,18 +100,44 @@ def fitting(
         try:
             result = work(part)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if len(part) == 1:
-                raise UserError(_too_large(error, label)) from error
+            _require_memory(error, len(part), label)
         else:
             yield part, result
             continue
-        # not inside `except`: the error's traceback holds what was made until then
-        clear_device_cache(garbage_collection=True)
-        half = len(part) // 2
-        logger.warning("{} rows do not fit into memory together: {} at a time", len(part), half)
+        half = _half(len(part))
         pending += [part[half:], part[:half]]
+
+
+def halving(work: Callable[[int], None], most: int, label: str | None = None) -> None:
+    """Calls `work` with the most rows it may hold at a time, until that fits into memory.
+
+    Args:
+        work: is called again where memory ended, and then goes on with what it has not done.
+        label: of the work, for the message.
+    Raises:
+        UserError: one row alone does not fit.
+    """
+    while True:
+        try:
+            return work(most)
+        except RuntimeError as error:
+            _require_memory(error, most, label)
+        most = _half(most)
+
+
+def _require_memory(error: RuntimeError, num_rows: int, label: str | None) -> None:
+    """Raises what halving does not help against."""
+    if not should_reduce_batch_size(error):
+        raise error
+    if num_rows == 1:
+        raise UserError(_too_large(error, label)) from error
+
+
+def _half(num_rows: int) -> int:
+    """Of rows that do not fit; not inside `except`, whose traceback holds what was made so far."""
+    clear_device_cache(garbage_collection=True)
+    logger.warning("{} rows do not fit into memory together: {} at a time", num_rows, num_rows // 2)
+    return num_rows // 2
 
 
 def left_pad(

@@ -1,9 +1,4 @@
-"""Batched sampling of replies, from token ids to token ids.
-
-Rows leave their batch soon after they end: transformers' `generate` decodes a segment, the rows
-that ended in it are taken out of the cache, and the others go on. Rows of a batch that have the
-same prompt share the work on it: it is read once, and each gets a copy of what is in the cache.
-A row that is to be given up, as one that has become a loop, is taken out like one that ended.
+"""Sampling of replies, from token ids to token ids.
 
 A token is drawn by the inverse of its distribution's cumulative function. With u ~ U[0, 1) of its
 own for every row and step,
@@ -23,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig
 
 from eval.bars import progress_bar
-from eval.batching import fitting, left_pad, longest_first, passes
+from eval.batching import halving
+from eval.decoding import Decoder
 from eval.processes import spread
-from eval.two_parts import attending, can_be_merged, merged, two_part_cache
 
 _SEGMENT_TOKENS = 8
 _STREAMED_TOKENS = 4  # of a reply that is read as it grows
@@ -106,7 +100,7 @@ def sample_replies(
     """
     if kinds is None and around_batch is not None:
         kinds = range(len(prompts))
-    decoder = _Decoder(
+    decoder = Decoder(
         model=model,
         prompts=prompts,
         kinds=kinds,
@@ -118,14 +112,18 @@ def sample_replies(
     )
 
     def sample(mine: list[int]) -> list[Reply]:
-        replies, stops = dict[int, Reply](), decoder.generation.eos_token_id
-        order = [mine[at] for at in longest_first([prompts[row] for row in mine])]
+        replies = dict[int, Reply]()
+        order = decoder.longest_first(mine)
+
+        def sample_rest(most: int) -> None:
+            rest = [row for row in order if row not in replies]
+            for row, ids, is_over in decoder.grow(rest, most, _SEGMENT_TOKENS):
+                if is_over:
+                    replies[row] = _cut(ids, decoder.generation.eos_token_id)
+                    bar.update(1)
+
         with progress_bar(len(order), label) as bar:
-            for start in range(0, len(order), batch_size):
-                some = order[start : start + batch_size]
-                for rows, found in fitting(decoder.decode, some, label):
-                    replies |= zip(rows, (_cut(ids, stops) for ids in found), strict=True)
-                    bar.update(len(rows))
+            halving(sample_rest, min(batch_size, len(order)), label)
         return [replies[row] for row in mine]
 
     return spread(sample, [decoder.kind(row) for row in range(len(prompts))])
@@ -150,7 +148,7 @@ def stream_reply(
         prompt: token ids up to the assistant tag, [tokens].
         around_segment: entered around each few tokens.
     """
-    decoder = _Decoder(
+    decoder = Decoder(
         model=model,
         prompts=[prompt],
         kinds=None,
@@ -160,7 +158,7 @@ def stream_reply(
         around_batch=lambda rows: around_segment(),
         give_up=lambda ids: False,
     )
-    for ((_, ids),) in decoder.grow([0], _STREAMED_TOKENS):
+    for _, ids, _ in decoder.grow([0], 1, _STREAMED_TOKENS):
         yield _cut(ids, decoder.generation.eos_token_id)
 
 
@@ -174,122 +172,6 @@ def _generation(
         **_NEUTRAL,
         **_without(forbidden),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Decoder:
-    """Everything that is the same for all batches."""
-
-    model: Any
-    prompts: Sequence[Sequence[int]]
-    kinds: Sequence[Hashable] | None
-    uniforms: torch.Tensor  # [prompts, steps]
-    temperature: float
-    generation: GenerationConfig
-    around_batch: Callable[[list[int]], AbstractContextManager]
-    give_up: Callable[[Sequence[int]], bool]
-
-    def kind(self, row: int) -> Hashable:
-        """Rows of which it is the same share the reading of their prompt."""
-        return (self.kinds and self.kinds[row], tuple(self.prompts[row]))
-
-    def decode(self, rows: list[int]) -> list[list[int]]:
-        """New token ids of each of these rows, up to the end of the segment that was its last."""
-        found: dict[int, list[int]] = {}
-        for grown in self.grow(rows, _SEGMENT_TOKENS):
-            found |= grown  # the last of a row is the whole
-        return [found[row] for row in rows]
-
-    def grow(self, rows: list[int], segment: int) -> Iterator[list[tuple[int, list[int]]]]:
-        """Yields each row that went on with all its new token ids, after every `segment` tokens."""
-        inputs = self._inputs(rows)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]  # [rows, tokens]
-        width, longest = ids.shape[1], ids.shape[1] + self.uniforms.shape[1]
-        stops = torch.tensor(self.generation.eos_token_id, device=ids.device)
-        cache = self._begun(rows)
-        while rows:
-            self.generation.max_new_tokens = min(segment, longest - ids.shape[1])
-            draw = _Draw(self.uniforms[rows], width, self.temperature)
-            with torch.inference_mode():  # not around the yield: any thread may read
-                with self.around_batch(rows), attending(self.model, cache):
-                    out = self.model.generate(
-                        input_ids=ids,
-                        attention_mask=mask,
-                        past_key_values=cache,
-                        generation_config=self.generation,
-                        logits_processor=[draw] if self.temperature else [],
-                    )
-                ids, cache = out.sequences, out.past_key_values
-                mask = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-                grown = list(zip(rows, ids[:, width:].tolist(), strict=True))
-                over = torch.isin(ids[:, width:], stops).any(1) | (ids.shape[1] == longest)
-                over |= torch.tensor([self.give_up(new) for _, new in grown], device=ids.device)
-                if over.any():
-                    going = (~over).nonzero().flatten()
-                    rows = [rows[index] for index in going.tolist()]
-                    ids, mask = ids[going], mask[going]
-                    if cache is not None:
-                        cache.reorder_cache(going)
-                if cache is None:  # Mamba: what goes on is read again from its start, once
-                    segment = self.uniforms.shape[1]
-            yield grown
-
-    @torch.inference_mode()
-    def _begun(self, rows: list[int]) -> Any:
-        """A cache of the rows' prompts but for their last tokens; None: the model makes its own.
-
-        A prompt is read once for all rows of its kind. Its last token is left to each row itself,
-        which begins to differ after it.
-        """
-        key = {row: self.kind(row) for row in rows}
-        firsts = list({key[row]: row for row in reversed(rows)}.values())[::-1]  # longest first
-        lengths = [len(self.prompts[row]) - 1 for row in firsts]
-        begun: Any = two_part_cache(self.model)
-        if min(lengths) < 1 or (begun is None and len(firsts) == len(rows)):
-            return begun
-        if can_be_merged(begun):
-            runs = passes(firsts, lengths, len(firsts), self.model.device)
-            begun = merged([self._read(run) for run in runs])
-        else:
-            begun = self._read(firsts)
-        if begun is not None and firsts != rows:
-            entry = {key[row]: index for index, row in enumerate(firsts)}
-            taken = torch.tensor([entry[key[row]] for row in rows], device=self.model.device)
-            begun.reorder_cache(taken)
-        return begun
-
-    def _read(self, rows: list[int]) -> Any:
-        """The cache after these rows' prompts but for their last tokens; None: there is none."""
-        inputs = {name: value[:, :-1] for name, value in self._inputs(rows).items()}
-        cache = two_part_cache(self.model)
-        with self.around_batch(rows), attending(self.model, cache):
-            out = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return getattr(out, "past_key_values", None)
-
-    def _inputs(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        """Prompts with their ends aligned, [rows, tokens]."""
-        prompts = [self.prompts[row] for row in rows]
-        return left_pad(prompts, self.generation.pad_token_id, self.model.device)
-
-
-class _Draw(LogitsProcessor):
-    """Draws each row's token from its scores and leaves no other one possible."""
-
-    def __init__(self, uniforms: torch.Tensor, prompt_width: int, temperature: float) -> None:
-        self.uniforms = uniforms  # [rows, steps]
-        self.prompt_width = prompt_width
-        self.temperature = temperature
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        uniform = self.uniforms[:, input_ids.shape[1] - self.prompt_width, None]  # [rows, 1]
-        probabilities = (scores / self.temperature).softmax(-1)  # [rows, vocab]
-        if scores.device.type == "mps":  # which has no fp64
-            probabilities = probabilities.cpu()
-        # in fp32 the sum over a large vocabulary would swallow the tail
-        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-        aimed = uniform.to(cumulative.device) * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, aimed, right=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn.to(scores.device), 0.0)
 
 
 def _uniforms(seed: int, num_rows: int, num_steps: int) -> torch.Tensor:

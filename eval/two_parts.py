@@ -24,7 +24,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -50,7 +49,7 @@ class TwoPartLayer(DynamicLayer):
         """Takes in new tokens; one alone that follows others stands apart, and is returned so."""
         is_one = key_states.shape[-2] == 1 and self.get_seq_length() > 0
         if not is_one or self._num_new == _MOST_NEW:
-            self._join()
+            self.join()
         if not is_one:
             return super().update(key_states, value_states)
         added = (key_states, value_states)
@@ -69,14 +68,15 @@ class TwoPartLayer(DynamicLayer):
             self.new = (self.new[0][beam_idx], self.new[1][beam_idx])
 
     def crop(self, tokens_to_remove: int) -> None:
-        self._join()
+        self.join()
         super().crop(tokens_to_remove)
 
     @property
     def _num_new(self) -> int:
         return 0 if self.new is None else self.new[0].shape[-2]
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Leaves nothing apart."""
         if self.new is not None:
             new, self.new = self.new, None
             super().update(*new)
@@ -90,29 +90,6 @@ def two_part_cache(model: Any) -> DynamicCache | None:
     if decoder not in _known:
         _known[decoder] = _takes_part(model)
     return _empty(decoder.config) if _known[decoder] else None
-
-
-def can_be_merged(cache: DynamicCache | None) -> bool:
-    """Whether all of its layers are in two parts: others keep what padding would be taken for."""
-    return cache is not None and all(isinstance(layer, TwoPartLayer) for layer in cache.layers)
-
-
-def merged(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """One cache of the rows of several, whose ends are aligned; the padding is for a mask to hide.
-
-    Args:
-        caches: each of layers in two parts alone, with nothing apart yet.
-    """
-    width = max(cache.get_seq_length() for cache in caches)
-    for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
-        layer.keys, layer.values = (
-            torch.cat([pad(part, (0, 0, width - part.shape[-2], 0)) for part in parts])
-            for parts in (
-                [each.keys for each in (layer, *others)],
-                [each.values for each in (layer, *others)],
-            )
-        )
-    return caches[0]
 
 
 @contextmanager

@@ -39,7 +39,8 @@ _BOTH_SIDES = """\
   ever end a reply, the embedded model ends after 38 tokens in the mean.
 - **a decoding step**: ours has attention, norms, hook, sampling, and the reading of one prompt that
   all rows share, over 16 steps. The products are the model's own linear modules on as many rows.
-- **replies, logits**: both ways are ours; the other reads a prompt again for every reply to it.
+- **replies, logits, rows that end replaced**: both ways are ours; the others read a prompt again
+  for every reply to it, or wait for the longest reply of a batch before the next is begun.
 - **vignettes**: ours as many rows at a time as a run takes. One at a time is `generate` for the
   think of each frame, greedy, then a forward pass over the whole row.
 - **heal**: the same rows, modules, rank, optimizer and epochs (2) on both sides, setting up

@@ -29,6 +29,7 @@ from steer_heal.vector import extract_vector
 
 _DOSE = 0.4
 _STEPS = 16  # of decoding, timed
+_BATCH = 64  # replies at a time, fewer than there are
 
 
 def sampling_rows(models: Models) -> list[Row]:
@@ -60,6 +61,13 @@ def sampling_rows(models: Models) -> list[Row]:
             against="each prompt read anew",
             asked=None,
             ways=lambda: replies_ways(models.embedded),
+        ),
+        Row(
+            name="replaced",
+            what="tokens of 384 replies, 64 at a time, rows that end replaced",
+            against="a batch after another",
+            asked=None,
+            ways=lambda: replaced_ways(models.embedded, 384),
         ),
         Row(
             name="logits",
@@ -149,6 +157,16 @@ def replies_ways(given: Subject) -> tuple[Work, Work]:
     return (
         lambda: sum(map(len, _replies(given, four))),
         lambda: sum(map(len, _replies(given, four, kinds=range(len(four))))),
+    )
+
+
+def replaced_ways(given: Subject, count: int) -> tuple[Work, Work]:
+    """Tokens of unsteered replies; the other way each batch waits for the longest of its own."""
+    many = [given.prompts[reply % len(given.prompts)] for reply in range(count)]
+    runs = [many[start : start + _BATCH] for start in range(0, count, _BATCH)]
+    return (
+        lambda: sum(map(len, _replies(given, many))),
+        lambda: sum(len(ids) for some in runs for ids in _replies(given, some)),
     )
 
 
@@ -246,7 +264,7 @@ def _replies(given: Subject, prompts: list[list[int]], kinds: Any = None) -> lis
             *(model, given.student.tokenizer, prompts),
             seed=2,
             max_new_tokens=96,
-            batch_size=64,
+            batch_size=_BATCH,
             kinds=kinds,
         )
     return [reply.token_ids for reply in found]

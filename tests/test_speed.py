@@ -27,6 +27,7 @@ from steer_heal.speed_sampling import (
     drafts_ways,
     extraction_ways,
     logits_ways,
+    replaced_ways,
     replies_ways,
     sampling_rows,
     vignettes_ways,
@@ -79,6 +80,11 @@ def test_both_sides_do_the_same_number(tiny_subject: Subject) -> None:
 def test_reading_a_prompt_anew_says_the_same(tiny_subject: Subject) -> None:
     ours, other = replies_ways(tiny_subject)
     assert ours() == other() > 96
+
+
+def test_replaced_rows_are_as_many_as_those_of_batch_after_batch(tiny_subject: Subject) -> None:
+    ours, other = replaced_ways(tiny_subject, count=70)
+    assert min(ours(), other()) > 70
 
 
 def test_drafts_are_counted_in_tokens_that_were_sampled(tiny_subject: Subject) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from transformers import GenerationConfig
 
 from eval.chat import chat_ids
-from eval.sampling import _SEGMENT_TOKENS, Reply, _Draw, sample_replies, stop_token_ids
+from eval.decoding import _Draw
+from eval.sampling import _SEGMENT_TOKENS, Reply, sample_replies, stop_token_ids
 from tests.conftest import TinyModel
 
 QUESTIONS = [
@@ -64,6 +65,23 @@ def _likely_to_stop(tiny: TinyModel) -> Iterator[None]:
     """A random model hardly ever ends a reply: gives it forty tokens that do."""
     with _generation_config(tiny.model, eos_token_id=list(range(60, 100))):
         yield
+
+
+@contextmanager
+def _before_passes(model: Any, look: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Looks at what each forward pass is given."""
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: look(given), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _width(given: dict[str, Any]) -> int:
+    """Tokens that a forward pass has before it, each row's padding with them."""
+    return int(given["past_key_values"].get_seq_length() + given["input_ids"].shape[1])
 
 
 def test_batched_greedy_is_one_by_one_greedy(decoder: TinyModel) -> None:
@@ -278,7 +296,7 @@ def test_a_draw_inverts_the_cumulative_distribution() -> None:
     logits = 3 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
     logits[[0, 500, 999]] = -torch.inf
     grid = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count  # [rows, steps]
-    scores = _Draw(grid, prompt_width=4, temperature=0.7)(
+    scores = _Draw(grid, starts=torch.full((count,), 4), temperature=0.7)(
         torch.zeros(count, 4, dtype=torch.long), logits.expand(count, -1)
     )
     drawn = scores.argmax(-1).bincount(minlength=1000)
@@ -340,12 +358,12 @@ def test_the_callers_random_state_is_left_alone(tiny: TinyModel) -> None:
 @pytest.mark.parametrize("are_alike", [True, False])
 def test_around_batch_sees_the_rows_that_go_on(tiny: TinyModel, are_alike: bool) -> None:
     """Each prompt is read by itself where nobody says that it does the same to equal ones."""
-    prompts = _prompts(tiny) * 4
+    prompts, segments_at_most = _prompts(tiny) * 4, 3
     entered: list[list[int]] = []
 
     @contextmanager
     def note(rows: list[int]) -> Iterator[None]:
-        entered.append(rows)
+        entered.append(list(rows))
         yield
 
     with _likely_to_stop(tiny):
@@ -354,18 +372,85 @@ def test_around_batch_sees_the_rows_that_go_on(tiny: TinyModel, are_alike: bool)
             tiny.tokenizer,
             prompts,
             seed=3,
-            max_new_tokens=20,
+            max_new_tokens=segments_at_most * _SEGMENT_TOKENS,
             batch_size=7,
             around_batch=note,
             kinds=[0] * len(prompts) if are_alike else None,
         )
     segments = [ceil(len(reply.token_ids) / _SEGMENT_TOKENS) for reply in replies]
-    assert {1, 3} <= set(segments)
+    assert {1, segments_at_most} <= set(segments)
     times = [sum(row in rows for rows in entered) for row in range(len(prompts))]
-    shared = [row for row in range(20) if times[row] == segments[row] + 1]
-    assert times == [count + (row in shared) for row, count in enumerate(segments)]
-    # four rows a prompt, sorted: 4 + 3, 1 + 4 + 2 and 2 + 4 of a prompt stand in a batch of 7
-    assert len(shared) == (2 + 3 + 2 if are_alike else 20)
+    readings = [time - count for time, count in zip(times, segments, strict=True)]
+    assert set(readings) <= {0, 1}
+    readers = [tuple(prompts[row]) for row in range(len(prompts)) if readings[row]]
+    assert set(readers) == {tuple(prompt) for prompt in prompts}
+    assert len(readers) < 12 if are_alike else len(readers) == len(prompts)
+
+
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_rows_that_end_are_replaced(tiny: TinyModel, batch_size: int) -> None:
+    """Of rows that wait as many are begun as have ended, once these are a fourth of all."""
+    prompts, in_hand = _prompts(tiny) * 6, []
+    with (
+        _likely_to_stop(tiny),
+        _before_passes(tiny.model, lambda given: in_hand.append(given["input_ids"].shape)),
+    ):
+        replies = sample_replies(
+            tiny.model,
+            tiny.tokenizer,
+            prompts,
+            seed=3,
+            max_new_tokens=5 * _SEGMENT_TOKENS,
+            batch_size=batch_size,
+        )
+    steps = [rows for rows, tokens in in_hand if tokens == 1]
+    assert max(steps) == batch_size
+    lengths = [_SEGMENT_TOKENS * ceil(len(reply.token_ids) / _SEGMENT_TOKENS) for reply in replies]
+    full = [rows for rows in steps if rows > 0.75 * batch_size]
+    assert len(full) > 0.6 * len(steps)
+    # a batch after another would wait for the longest of each
+    order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row % 5, row))
+    runs = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    assert len(steps) < sum(max(lengths[row] for row in run) for run in runs)
+
+
+def test_what_is_held_does_not_grow_with_the_rows_that_wait(tiny_qwen3: TinyModel) -> None:
+    """Of a row that ended nothing stays, its padding neither."""
+    model, prompts, widths = tiny_qwen3.model, _prompts(tiny_qwen3) * 8, []
+    with (
+        _likely_to_stop(tiny_qwen3),
+        _before_passes(model, lambda given: widths.append(_width(given))),
+    ):
+        sample_replies(
+            model, tiny_qwen3.tokenizer, prompts, seed=3, max_new_tokens=40, batch_size=4
+        )
+    assert max(widths) < max(map(len, prompts)) + 40
+    assert len(widths) > 100
+
+
+@pytest.mark.parametrize("fits", [1, 3, 6])
+def test_rows_that_do_not_fit_are_sampled_fewer_at_a_time(tiny_qwen3: TinyModel, fits: int) -> None:
+    """Memory ends half way; what was said until then stays, the rest is as it would have been."""
+    prompts = _prompts(tiny_qwen3) * 4
+
+    def replies() -> list[Reply]:
+        return sample_replies(
+            tiny_qwen3.model,
+            tiny_qwen3.tokenizer,
+            prompts,
+            seed=3,
+            max_new_tokens=20,
+            batch_size=13,
+        )
+
+    def require_room(given: dict[str, Any]) -> None:
+        if given["input_ids"].shape[0] > fits and _width(given) > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with _likely_to_stop(tiny_qwen3):
+        expected = replies()
+        with _before_passes(tiny_qwen3.model, require_room):
+            assert replies() == expected
 
 
 def test_a_prompt_is_read_once_for_all_its_replies(tiny: TinyModel) -> None:

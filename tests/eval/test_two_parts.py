@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPTJConfig, GPTJForCausalLM
 
-from eval import sampling
+from eval import decoding
 from eval.batching import left_pad
 from eval.chat import chat_ids
 from eval.sampling import sample_replies
@@ -16,8 +16,6 @@ from eval.two_parts import (
     _MOST_NEW,
     TwoPartLayer,
     attending,
-    can_be_merged,
-    merged,
     two_part_cache,
 )
 from tests.conftest import TinyModel
@@ -116,27 +114,10 @@ def test_several_at_once_are_joined(tiny_qwen3: TinyModel) -> None:
     assert torch.allclose(logits, _whole(model, more), atol=1e-4)
 
 
-def test_caches_are_merged_with_their_ends_aligned(tiny_qwen3: TinyModel) -> None:
-    model, prompts = tiny_qwen3.model, _prompts(tiny_qwen3)
-    whole = left_pad(prompts, 0, "cpu")
-    caches = [two_part_cache(model) for _ in range(3)]
-    with torch.inference_mode():
-        expected = model(**whole, use_cache=True).past_key_values
-        for cache, some in zip(caches, (prompts[:2], prompts[2:]), strict=False):
-            model(**left_pad(some, 0, "cpu"), past_key_values=cache, use_cache=True)
-    found, mask = merged(caches[:2]), whole["attention_mask"].bool()
-    for ours, theirs in zip(found.layers, expected.layers, strict=True):
-        for one, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
-            assert one.shape == other.shape
-            there = mask[:, None, :, None].expand_as(one)
-            assert torch.allclose(one[there], other[there], atol=1e-5)
-
-
 def test_layers_that_grow_without_a_limit_take_part(tiny: TinyModel) -> None:
     cache = two_part_cache(tiny.model)
     parts = [isinstance(layer, TwoPartLayer) for layer in cache.layers]
     assert parts == ([False, True, False] if tiny.family == "gemma3" else [True, True])
-    assert can_be_merged(cache) == all(parts)
 
 
 def _gptj() -> Any:
@@ -193,8 +174,8 @@ def test_replies_are_sampled_in_two_parts(tiny: TinyModel, monkeypatch: pytest.M
         found = sample_replies(tiny.model, tiny.tokenizer, prompts, seed=4, max_new_tokens=40)
         return [reply.token_ids for reply in found]
 
-    monkeypatch.setattr(sampling, "two_part_cache", noted)
+    monkeypatch.setattr(decoding, "two_part_cache", noted)
     ours = replies()
     assert any(getattr(layer, "was_read", False) for cache in made for layer in cache.layers)
-    monkeypatch.setattr(sampling, "two_part_cache", lambda model: None)
+    monkeypatch.setattr(decoding, "two_part_cache", lambda model: None)
     assert replies() == ours
