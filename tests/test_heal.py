@@ -816,6 +816,25 @@ def test_the_ratio_of_the_gradients_is_that_of_passes_of_the_tests_own(
     assert step.barrier_gradient_ratio == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_ratio_leaves_the_spectral_term_out(tiny_qwen3: TinyModel) -> None:
+    """B is 0 at the first step, where the term has no gradient: both come to the same second."""
+    student = loaded(tiny_qwen3, 1)
+    rows = kept(student, 8)
+    settings = config(barrier_threshold_nats=1e-5, warmup_ratio=0)
+    one, other = (
+        heal(
+            *(student, rows, vector(student), ["r00"]),
+            settings.model_copy(update={"spectral_weight": weight}),
+            *("r01", 4),
+        ).steps
+        for weight in (0.0, 50.0)
+    )
+    assert [step.barrier_gradient_ratio for step in (one[0], other[0])] == [0.0, 0.0]
+    assert other[1].spectral_norm > 0 and one[1].kl_nats == pytest.approx(other[1].kl_nats)
+    assert one[1].barrier_gradient_ratio is not None
+    assert other[1].barrier_gradient_ratio == pytest.approx(one[1].barrier_gradient_ratio, rel=1e-3)
+
+
 def test_the_ratio_is_measured_in_every_eighth_step_with_the_barrier_on(
     tiny_qwen3: TinyModel,
 ) -> None:
