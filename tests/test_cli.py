@@ -316,3 +316,36 @@ def test_report_of_a_run_without_a_finished_round_says_where_it_stands(
     page = (tmp_path / "rounds" / "small" / "report.html").read_text(encoding="utf-8")
     assert "No round is finished yet" in page and "find the steering vector (round 1)" in page
     assert tree(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------ busy machines
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, "GOMP_SPINCOUNT = '2000'"),
+        ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "GOMP_SPINCOUNT = '0'"),
+    ],
+)
+def test_threads_do_not_wait_long_for_those_that_do_not_run(
+    asked: dict[str, str], expected: str
+) -> None:
+    """OpenMP itself says what it goes by when it is loaded; what a user asks for stays."""
+    program = (
+        "from eval.people import for_people\n"
+        "with for_people('nothing was changed'):\n"
+        "    import torch\n"
+    )
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment | asked,
+    )
+    assert expected in done.stderr
