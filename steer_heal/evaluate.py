@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from loguru import logger
 from torch.nn.functional import cosine_similarity
 
 from eval.chat import chat_ids
@@ -43,6 +44,11 @@ def evaluate_controls(
 ) -> Controls:
     """Base, both prompts and random directions, on the first round's student, the base."""
     base = student.base
+    logger.info(
+        "controls: {} conditions once a run, kept when all are done: base, two prompts, {} random "
+        "directions; a round has 2 more",
+        *(3 + config.num_random, config.num_random),
+    )
     measure = partial(measure_condition, student=base, trait=trait, config=config, seed=seed)
     directions = random_steerings(
         base, vector, kept, config.rows_at_a_time, config.num_random, seed
