@@ -27,13 +27,9 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-
-from eval.logits import completion_ends, end_logits
-from eval.processes import spread
 
 _WINDOW_WORDS = 60  # with punctuation: three or four sentences
 _WINDOW_CHARACTERS = 300  # about as much
@@ -63,37 +59,6 @@ class TextFigures(BaseModel):
     letters_per_word: float
     symbol_share: float  # visible characters that are no letter, mark or number, 0 to 1
     odd_word_share: float  # words with digits or capitals inside, or of another script, 0 to 1
-
-
-def token_logprobs(
-    model: Any,
-    pad_id: int | None,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    batch_size: int = 32,
-    label: str | None = None,
-) -> list[torch.Tensor]:
-    """Log-probability of every completion token given what stands before it, nats.
-
-    Args:
-        prompts, completions: token ids, [rows][tokens]; a prompt has at least one token.
-
-    Returns:
-        One fp32 tensor [completion tokens] a row, on the CPU; an empty completion's is empty.
-    """
-
-    def score(rows: list[int]) -> list[torch.Tensor]:
-        result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-        said = [completions[row] for row in rows]
-        ends = completion_ends([prompts[row] for row in rows], said)
-        for at, logits in end_logits(model, ends, batch_size, pad_id, label):
-            # a row at a time, as fp32 [vocab] a token is dear
-            logp = logits[:-1].float().log_softmax(-1)  # [completion, vocab]
-            ids = torch.tensor(said[at], dtype=torch.long, device=logp.device)
-            result[at] = logp.gather(-1, ids[:, None])[:, 0].cpu()
-        return result
-
-    return spread(score, [tuple(prompt) for prompt in prompts])
 
 
 def surprisal(logprobs: torch.Tensor) -> Surprisal:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from eval.forced_choice import ForcedChoiceRow
+from eval.rows import ForcedChoiceRow
 from eval.statistics import Interval, bootstrap_weights, mean_interval, require_same_items
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0

@@ -36,9 +36,10 @@ from pydantic import BaseModel, ConfigDict
 
 from eval.chat import chat_text, next_turn_text, text_ids
 from eval.errors import UserError
-from eval.items import ForcedChoiceItem, Perspective, SuiteError, item_key
+from eval.items import ForcedChoiceItem, SuiteError
 from eval.logits import alike_ends, end_logits
 from eval.processes import spread
+from eval.rows import ForcedChoiceResult, ForcedChoiceRow
 from eval.suite import ForcedChoiceSuite
 from eval.think import Thinking, natural_answer, think
 
@@ -58,36 +59,6 @@ class ForcedChoicePieces(BaseModel):
     def input_ids(self, think_ids: Sequence[int] = ()) -> list[int]:
         """The row around a think: [tokens]."""
         return [*self.prompt_ids, *think_ids, *self.closing_ids, *self.prefill_ids]
-
-
-class ForcedChoiceRow(BaseModel):
-    """What the model answered to one item."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: str
-    label: str | None
-    conflict: bool
-    perspective: Perspective = "other"
-    human: dict[str, float] | None = None  # share of people who chose each foundation
-    scores: dict[str, float]  # foundation -> mean log-probability over the two frames, nats
-    pmass: float  # full-vocabulary probability on the option indices, mean over the frames
-    prefill_nll_nats: float  # a token of the prefill, mean over frames and thinks
-    natural: int = 0  # answers that were read inside a think
-    thinks: tuple[str, ...] = ()  # frame by frame, sample by sample; empty without any
-
-    @property
-    def key(self) -> str:
-        """The item's id in its perspective, as two evaluations are paired."""
-        return item_key(self.id, self.perspective)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForcedChoiceResult:
-    """What the model answered to a suite."""
-
-    rows: tuple[ForcedChoiceRow, ...]  # in the suite's order
-    unscorable: tuple[str, ...]  # keys of items with a log-probability that is not finite
 
 
 @dataclass(frozen=True, kw_only=True)

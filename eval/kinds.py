@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.forced_choice import ForcedChoiceResult, ForcedChoiceRow, forced_choice
+from eval.forced_choice import forced_choice
+from eval.rows import ForcedChoiceResult, ForcedChoiceRow, YesNoResult, YesNoRow
 from eval.suite import ProbeSuite, YesNoSuite
 from eval.summary import Summary, format_difference, format_summary, summarise
 from eval.think import Thinking
-from eval.yes_no import YesNoResult, YesNoRow, yes_no
+from eval.yes_no import yes_no
 from eval.yes_no_figures import (
     YesNoSummary,
     format_yes_no_difference,

@@ -22,6 +22,7 @@ import torch
 
 from eval.bars import progress_bar
 from eval.batching import fitting, left_pad, passes, right_pad
+from eval.processes import spread
 
 Around = Callable[[list[int]], AbstractContextManager]
 
@@ -92,6 +93,37 @@ def end_logits(
         UserError: one row alone does not fit into memory.
     """
     return _ends(_Reader(model, ends, pad_id, around, states=False), batch_size, label)
+
+
+def token_logprobs(
+    model: Any,
+    pad_id: int | None,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    batch_size: int = 32,
+    label: str | None = None,
+) -> list[torch.Tensor]:
+    """Log-probability of every completion token given what stands before it, nats.
+
+    Args:
+        prompts, completions: token ids, [rows][tokens]; a prompt has at least one token.
+
+    Returns:
+        One fp32 tensor [completion tokens] a row, on the CPU; an empty completion's is empty.
+    """
+
+    def score(rows: list[int]) -> list[torch.Tensor]:
+        result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        said = [completions[row] for row in rows]
+        ends = completion_ends([prompts[row] for row in rows], said)
+        for at, logits in end_logits(model, ends, batch_size, pad_id, label):
+            # a row at a time, as fp32 [vocab] a token is dear
+            logp = logits[:-1].float().log_softmax(-1)  # [completion, vocab]
+            ids = torch.tensor(said[at], dtype=torch.long, device=logp.device)
+            result[at] = logp.gather(-1, ids[:, None])[:, 0].cpu()
+        return result
+
+    return spread(score, [tuple(prompt) for prompt in prompts])
 
 
 def end_states(

@@ -10,26 +10,12 @@ a model says, it cannot be kept low by saying little or by saying the same again
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict
-
 from eval.chat import chat_ids, text_ids
-from eval.coherence import token_logprobs
-from eval.statistics import Interval, bootstrap_weights, require_same_items
+from eval.logits import token_logprobs
+from eval.rows import NeutralRow
 from eval.suite import NeutralSuite
-
-
-class NeutralRow(BaseModel):
-    """What one fixed reply costs a model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: str
-    tokens: int  # of the reply, without an end-of-turn token
-    nll_nats: float | None  # surprisal summed over them; None: not finite
 
 
 def neutral_rows(
@@ -52,27 +38,3 @@ def neutral_rows(
         )
         for item, logprobs in zip(suite.items, found, strict=True)
     ]
-
-
-def perplexity_ratio(
-    rows: Sequence[NeutralRow], base_rows: Sequence[NeutralRow], seed: int = 0
-) -> Interval | None:
-    """Perplexity of the text over that under the base; above 1: the model predicts it worse.
-
-    Paired: the interval draws items, the same ones for both. Items that one of them could not score
-    are left out of both; None where no item is left.
-    """
-    require_same_items([row.id for row in rows], [row.id for row in base_rows])
-    scored = [
-        (after.id, after.nll_nats - before.nll_nats, after.tokens)
-        for after, before in zip(rows, base_rows, strict=True)
-        if after.nll_nats is not None and before.nll_nats is not None
-    ]
-    if not scored:
-        return None
-    more = np.array([nats for _, nats, _ in scored])
-    tokens = np.array([count for _, _, count in scored], dtype=float)
-    weights = bootstrap_weights([item_id for item_id, _, _ in scored], seed)  # [draws, items]
-    low, high = np.quantile(np.exp((weights @ more) / (weights @ tokens)), [0.025, 0.975])
-    exact = float(np.exp(more.sum() / tokens.sum()))
-    return Interval(estimate=exact, low=float(low), high=float(high))

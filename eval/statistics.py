@@ -13,8 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from eval.errors import UserError
-from eval.forced_choice import ForcedChoiceRow
-from eval.yes_no import YesNoRow
+from eval.rows import ForcedChoiceRow, NeutralRow, YesNoRow
 
 NUM_DRAWS = 10_000
 Row = TypeVar("Row", ForcedChoiceRow, YesNoRow)
@@ -193,3 +192,27 @@ def _draws(num_ids: int, seed: int) -> np.ndarray:
     """Each row the shares of a draw with replacement: [draws, ids]."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(num_ids, np.full(num_ids, 1 / num_ids), NUM_DRAWS) / num_ids
+
+
+def perplexity_ratio(
+    rows: Sequence[NeutralRow], base_rows: Sequence[NeutralRow], seed: int = 0
+) -> Interval | None:
+    """Perplexity of the text over that under the base; above 1: the model predicts it worse.
+
+    Paired: the interval draws items, the same ones for both. Items that one of them could not score
+    are left out of both; None where no item is left.
+    """
+    require_same_items([row.id for row in rows], [row.id for row in base_rows])
+    scored = [
+        (after.id, after.nll_nats - before.nll_nats, after.tokens)
+        for after, before in zip(rows, base_rows, strict=True)
+        if after.nll_nats is not None and before.nll_nats is not None
+    ]
+    if not scored:
+        return None
+    more = np.array([nats for _, nats, _ in scored])
+    tokens = np.array([count for _, _, count in scored], dtype=float)
+    weights = bootstrap_weights([item_id for item_id, _, _ in scored], seed)  # [draws, items]
+    low, high = np.quantile(np.exp((weights @ more) / (weights @ tokens)), [0.025, 0.975])
+    exact = float(np.exp(more.sum() / tokens.sum()))
+    return Interval(estimate=exact, low=float(low), high=float(high))

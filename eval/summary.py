@@ -21,7 +21,7 @@ from eval.figures import (
     selectivity,
     soft_cross_entropy_nats,
 )
-from eval.forced_choice import ForcedChoiceResult, ForcedChoiceRow
+from eval.rows import ForcedChoiceResult, ForcedChoiceRow
 from eval.statistics import (
     Interval,
     accuracy,

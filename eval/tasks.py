@@ -5,22 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from eval.chat import chat_ids
+from eval.rows import TaskRow
 from eval.sampling import sample_replies
 from eval.suite import TaskSuite
-
-
-class TaskRow(BaseModel):
-    """What the model answered to one task."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: str
-    kind: str
-    reply: str
-    right: bool
 
 
 def solve_tasks(

@@ -18,42 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from eval.chat import chat_ids, chat_text, text_ids
 from eval.errors import UserError
-from eval.items import Sign, SuiteError, YesNoItem
+from eval.items import SuiteError, YesNoItem
 from eval.logits import Ends, end_logits
+from eval.rows import YesNoResult, YesNoRow
 from eval.suite import YesNoSuite
-
-
-class YesNoRow(BaseModel):
-    """What the model answered to one item."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: str
-    label: Sign | None  # the sign with which a "yes" counts towards what the suite measures
-    yes_nats: float  # log-probability of yes, 0 at most
-    no_nats: float  # log-probability of no, 0 at most
-    log_ratio_nats: float  # the first less the second
-    mass: float  # probability of either, 0 to 1
-
-    @property
-    def key(self) -> str:
-        """As two evaluations are paired."""
-        return self.id
-
-
-@dataclass(frozen=True, kw_only=True)
-class YesNoResult:
-    """What the model answered to a suite."""
-
-    rows: tuple[YesNoRow, ...]  # in the suite's order
-    unscorable: tuple[str, ...]  # ids of items with a log-probability that is not finite
 
 
 def yes_no(

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from eval.rows import YesNoResult, YesNoRow
 from eval.statistics import Interval, common_items, mean_interval, require_same_items
 from eval.summary import count_text, differences_text, interval_text
-from eval.yes_no import YesNoResult, YesNoRow
 
 
 class YesNoSummary(BaseModel):

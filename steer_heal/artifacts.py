@@ -17,9 +17,7 @@ import torch
 
 from eval.coherence import Surprisal, TextFigures
 from eval.files import digest_of
-from eval.forced_choice import ForcedChoiceRow
-from eval.neutral import NeutralRow
-from eval.tasks import TaskRow
+from eval.rows import ForcedChoiceRow, NeutralRow, TaskRow
 from steer_heal.records import (
     Artifact,
     JsonArtifact,

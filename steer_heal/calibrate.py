@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from eval.chat import chat_ids
-from eval.coherence import surprisal, text_figures, token_logprobs
+from eval.coherence import surprisal, text_figures
+from eval.logits import token_logprobs
 from eval.sampling import sample_replies
 from steer_heal.artifacts import Limits
 from steer_heal.brokenness import text_limits

@@ -25,12 +25,12 @@ from pydantic import BaseModel, ValidationError
 from eval.coherence import TextFigures, text_figures
 from eval.errors import UserError
 from eval.figures import flip_rate, selectivity
-from eval.neutral import perplexity_ratio
 from eval.statistics import (
     Interval,
     common_items,
     mean_interval,
     mean_pmass,
+    perplexity_ratio,
     profile_nats,
     rank_correlation,
     ratio_interval,

@@ -16,9 +16,9 @@ import torch
 
 from eval.batching import batches
 from eval.chat import chat_ids
-from eval.coherence import Surprisal, TextFigures, surprisal, text_figures, token_logprobs
+from eval.coherence import Surprisal, TextFigures, surprisal, text_figures
 from eval.errors import UserError
-from eval.logits import completion_ends, end_logits
+from eval.logits import completion_ends, end_logits, token_logprobs
 from eval.processes import spread
 from steer_heal.hooks import add_vector, record_last
 from steer_heal.losses import token_kl

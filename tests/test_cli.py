@@ -318,6 +318,15 @@ def test_report_of_a_run_without_a_finished_round_says_where_it_stands(
     assert tree(tmp_path) == before
 
 
+def test_what_reads_runs_alone_loads_no_model_library() -> None:
+    program = (
+        "import sys, steer_heal.listing, steer_heal.report, steer_heal.compare\n"
+        "assert not {'transformers', 'peft', 'trl', 'accelerate'} & set(sys.modules)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
 # ------------------------------------------------------------------------------------ busy machines
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from eval.errors import UserError
-from eval.forced_choice import ForcedChoiceRow, forced_choice
+from eval.forced_choice import forced_choice
+from eval.rows import ForcedChoiceRow, YesNoResult, YesNoRow
 from eval.statistics import shift_nats
 from eval.suite import load_suite
 from eval.summary import format_difference
-from eval.yes_no import YesNoResult, YesNoRow
 from eval.yes_no_figures import (
     format_yes_no_difference,
     format_yes_no_summary,

@@ -17,7 +17,7 @@ from loguru import logger
 from eval.coherence import Surprisal
 from eval.errors import UserError
 from eval.files import NOT_AS_WRITTEN, write_json, write_text
-from eval.forced_choice import ForcedChoiceRow
+from eval.rows import ForcedChoiceRow
 from steer_heal.artifacts import (
     ConditionEval,
     Controls,

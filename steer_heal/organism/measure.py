@@ -15,8 +15,9 @@ from tqdm import trange
 
 from eval.batching import left_pad
 from eval.chat import chat_ids
-from eval.coherence import token_logprobs
-from eval.forced_choice import ForcedChoiceRow, forced_choice
+from eval.forced_choice import forced_choice
+from eval.logits import token_logprobs
+from eval.rows import ForcedChoiceRow
 from eval.sampling import Reply, sample_replies
 from eval.suite import ForcedChoiceSuite
 from steer_heal.hooks import add_vector, record_last

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from eval.chat import chat_ids, text_ids
-from eval.coherence import is_loop, surprisal, text_figures, token_logprobs
+from eval.coherence import is_loop, surprisal, text_figures
+from eval.logits import token_logprobs
 from tests.conftest import TinyModel
 
 TRAIT = Path(__file__).parents[2] / "steer_heal" / "traits" / "care-over-authority.toml"

@@ -21,7 +21,7 @@ from eval.figures import (
     selectivity_difference,
     soft_cross_entropy_nats,
 )
-from eval.forced_choice import ForcedChoiceRow
+from eval.rows import ForcedChoiceRow
 from eval.statistics import Interval, bootstrap_weights, mean_interval
 
 NAMES = ("care", "fairness", "authority")

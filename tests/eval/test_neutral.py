@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from eval.chat import chat_ids, text_ids
-from eval.neutral import NeutralRow, neutral_rows, perplexity_ratio
-from eval.statistics import Interval
+from eval.neutral import neutral_rows
+from eval.rows import NeutralRow
+from eval.statistics import Interval, perplexity_ratio
 from eval.suite import NeutralItem, NeutralSuite, SuiteError, load_suite
 from tests.conftest import TinyModel
 

@@ -12,8 +12,9 @@ import torch
 import eval.probe
 from eval.command import evaluate_model, evaluation_name
 from eval.errors import UserError
-from eval.forced_choice import ForcedChoiceRow, forced_choice
+from eval.forced_choice import forced_choice
 from eval.probe import ABOUT_FILE, ROWS_FILE, SUMMARY_FILE, ProbeConfig, probe
+from eval.rows import ForcedChoiceRow
 from eval.settings import resolve_settings
 from tests.conftest import TinyModel
 

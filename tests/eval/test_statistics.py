@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from eval.forced_choice import ForcedChoiceRow
+from eval.rows import ForcedChoiceRow
 from eval.statistics import (
     Interval,
     accuracy,

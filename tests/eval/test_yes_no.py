@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from eval.command import evaluate_model
 from eval.errors import UserError
 from eval.probe import ROWS_FILE, SUMMARY_FILE, ProbeConfig, probe
+from eval.rows import YesNoResult, YesNoRow
 from eval.settings import resolve_settings
 from eval.statistics import NUM_DRAWS
 from eval.suite import (
@@ -30,7 +31,7 @@ from eval.suite import (
     load_probe_suite,
     load_suite,
 )
-from eval.yes_no import YesNoResult, YesNoRow, yes_no
+from eval.yes_no import yes_no
 from eval.yes_no_figures import (
     agreement,
     format_yes_no_difference,
