@@ -124,7 +124,7 @@ class GenerateConfig(Settings):
     temperature: float = Field(1.0, gt=0)
     """Softmax temperature; 1 samples from the model as it is."""
     batch_size: BatchSize = 512
-    """Completions sampled at a time; auto: as many as fit into memory, up to 512, chosen once."""
+    """Completions sampled at a time, of limits and probes too; auto: what fits, up to 512, once."""
 
     @property
     def rows_at_a_time(self) -> int:
