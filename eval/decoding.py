@@ -59,11 +59,8 @@ class _Batch:
         """Takes out all rows but these: [rows], bool."""
         index = going.nonzero().flatten()
         self.rows = [self.rows[at] for at in index.tolist()]
-        self.ids, self.mask, self.starts = (
-            self.ids[index],
-            self.mask[index],
-            self.starts[index.cpu()],
-        )
+        self.ids, self.mask = self.ids[index], self.mask[index]
+        self.starts = self.starts[index.cpu()]
         if self.cache is not None:
             self.cache.reorder_cache(index)
 

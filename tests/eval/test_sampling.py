@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from eval import decoding
 from eval.chat import chat_ids
 from eval.decoding import _Draw
 from eval.sampling import _SEGMENT_TOKENS, Reply, sample_replies, stop_token_ids
@@ -162,6 +163,30 @@ def test_replies_do_not_depend_on_the_batch(decoder: TinyModel) -> None:
         assert replies(64) == alone
     assert len({reply.token_ids for reply in alone}) > 10  # samples of one prompt differ
     assert len({len(reply.token_ids) for reply in alone}) > 5
+
+
+def test_rows_are_replaced_in_transformers_own_caches_too(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a GPU has, and an attention of a model's own."""
+    joined: list[int] = []
+
+    def noted(caches: Any) -> Any:
+        joined.append(len(caches))
+        return real(caches)
+
+    real = decoding.joined
+    monkeypatch.setattr(decoding, "joined", noted)
+    monkeypatch.setattr(decoding, "two_part_cache", lambda model: None)
+    prompts = _prompts(tiny) * 4
+    with _likely_to_stop(tiny):
+        alone, together = (
+            sample_replies(
+                tiny.model, tiny.tokenizer, prompts, seed=3, max_new_tokens=20, batch_size=size
+            )
+            for size in (1, 7)
+        )
+    assert together == alone and 2 in joined
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
