@@ -305,7 +305,7 @@ def resolve_config(overrides: list[str]) -> RunConfig:
     Raises:
         UserError: an unknown key (with the nearest valid ones) or a value that is not allowed.
     """
-    return resolve_settings(RunConfig, overrides, ALIASES, _preset, "steer-heal settings")
+    return resolve_settings(RunConfig, overrides, ALIASES, _preset, "just settings")
 
 
 def describe_settings() -> str:

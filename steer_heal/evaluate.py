@@ -44,21 +44,22 @@ def evaluate_controls(
 ) -> Controls:
     """Base, both prompts and random directions, on the first round's student, the base."""
     base = student.base
-    logger.info(
-        "controls: {} conditions once a run, kept when all are done: base, two prompts, {} random "
-        "directions; a round has 2 more",
-        *(3 + config.num_random, config.num_random),
-    )
-    measure = partial(measure_condition, student=base, trait=trait, config=config, seed=seed)
     directions = random_steerings(
         base, vector, kept, config.rows_at_a_time, config.num_random, seed
     )
+
+    measure = partial(measure_condition, student=base, trait=trait, config=config, seed=seed)
+
+    def told(number: int, name: str) -> str:
+        logger.info("controls: {} of {}, {}", number, 3 + config.num_random, name)
+        return name
+
     return Controls(
-        base=measure("base", with_enactment=True),
-        prompted=measure("prompted", system=trait.positive),
-        engineered=measure("engineered", system=trait.engineered_prompt),
+        base=measure(told(1, "base"), with_enactment=True),
+        prompted=measure(told(2, "prompted"), system=trait.positive),
+        engineered=measure(told(3, "engineered"), system=trait.engineered_prompt),
         random=tuple(
-            measure(f"random {number}", steering=steering, config=_fewer(config))
+            measure(told(3 + number, f"random {number}"), steering=steering, config=_fewer(config))
             for number, steering in enumerate(directions, start=1)
         ),
     )

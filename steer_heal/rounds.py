@@ -89,7 +89,9 @@ class Run(Stages):
             left_s = taken * (total - 1 - index) if reason is None else 0.0
             logger.info("{} took {}", following.label, following.by_stage())
             self._tell_profile(following)
-            each = f"{index + 1} of {total} rounds done, {duration_text(taken)} each"
+            each = (
+                f"{index + 1} of {total} rounds done, {duration_text(taken)} each, controls apart"
+            )
             logger.info("{}", f"{each}, about {duration_text(left_s)} to go" if left_s else each)
         if self.spent:
             logger.info("{} itself took {}", self.label, self.by_stage())
@@ -97,7 +99,8 @@ class Run(Stages):
         if reason is not None or first >= total:
             num_done = len(self.done_rounds())
             further = reason or f"N={num_done + 1} goes further"
-            logger.info("{} is done: {} rounds; {}", self.label, num_done, further)
+            rounds = "1 round" if num_done == 1 else f"{num_done} rounds"
+            logger.info("{} is done: {}; {}", self.label, rounds, further)
 
     @on_main
     def last_stack(self) -> list[RoundAdapter]:

@@ -147,7 +147,7 @@ def test_unknown_setting_that_is_near_none_says_where_they_are_listed(name: str)
     with pytest.raises(UserError) as caught:
         resolve_config([f"{name}=1"])
     assert str(caught.value) == (
-        f"unknown setting {name!r}: no setting is near that; `steer-heal settings` lists them"
+        f"unknown setting {name!r}: no setting is near that; `just settings` lists them"
     )
 
 

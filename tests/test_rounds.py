@@ -332,7 +332,7 @@ def test_no_round_follows_once_there_is_a_reason(tmp_path: Path) -> None:
     assert asked == [0, 1, 2, 2, 2]  # before each round, and where nothing is left
     done = f"run {tmp_path.name} is done: 2 rounds; enough"
     assert [line for line in said if "done" in line and "to go" not in line] == [
-        "2 of 5 rounds done, 0 s each",
+        "2 of 5 rounds done, 0 s each, controls apart",
         *[done] * 3,
     ]
 

@@ -124,7 +124,7 @@ def test_a_run_of_two_goes_on_alone(pair: Pair, settings: list[str]) -> None:
     """What was made by two is there for one, and every file is as it was written."""
     done = command(pair.shared.parents[1], "round", *settings)
     assert done.code == 0, done
-    assert "run small is done: 1 rounds" in done.err
+    assert "run small is done: 1 round;" in done.err
 
 
 # ------------------------------------------------------------------ as people start it, and slow
