@@ -132,11 +132,15 @@ def differences_text(intervals: Mapping[str, Interval]) -> str:
     width = max(map(len, intervals))
     lines = []
     for name, interval in intervals.items():
-        said = "" if interval.excludes_zero else "  no difference shown"
-        if interval.excludes_zero and abs(interval.estimate) < 0.0005:
-            said = "  a difference, but below 0.0005"
-        lines.append(f"{name:{width}}  {interval_text(interval)}{said}")
+        lines.append(f"{name:{width}}  {interval_text(interval)}  {doubt_text(interval)}".rstrip())
     return "\n".join(lines)
+
+
+def doubt_text(interval: Interval) -> str:
+    """Why a difference is none, or hardly one; nothing where it is one."""
+    if not interval.excludes_zero:
+        return "no difference shown"
+    return "a difference, but below 0.0005" if abs(interval.estimate) < 0.0005 else ""
 
 
 def interval_text(interval: Interval) -> str:

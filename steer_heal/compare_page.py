@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 
 from eval.files import write_text
 from eval.statistics import Interval
-from eval.summary import interval_text
+from eval.summary import doubt_text, interval_text
 from steer_heal.chart import Chart, band, level, line, panel, plain, rounds_axis
 from steer_heal.compare import Comparison
 from steer_heal.page import fill_page
@@ -42,6 +42,7 @@ def write_page(comparison: Comparison, out: Path) -> None:
         pairs=comparison.differences,
         settings=list(_differing(comparison.runs)),
         interval_text=interval_text,
+        doubt_text=doubt_text,
     )
     write_text(out, text)
 
