@@ -337,16 +337,24 @@ def test_turns_follow_one_another_and_begin_anew(server: str, tabs: Tabs) -> Non
     assert _texts(page) == first
 
 
+# from inside the page: on a busy machine the answer is over before a click from outside is there
+STOP_ONCE_BASE_SAYS_SOMETHING = """
+    () => new MutationObserver((changes, watching) => {
+        if (!document.querySelector("[data-who=base] .text")?.textContent) return;
+        watching.disconnect();
+        document.getElementById("stop").click();
+    }).observe(document.body, { childList: true, subtree: true, characterData: true })
+"""
+
+
 def test_an_answer_is_stopped_and_a_trouble_is_told(server: str, tabs: Tabs) -> None:
     page = tabs.open(server, width=PHONE_WIDTH)
     page.get_by_label("tokens").fill("1800")
     page.get_by_label("temperature").fill("0")  # the likeliest tokens go round for ever
-    page.get_by_label("Your turn").fill(ASKED)
-    page.get_by_role("button", name="Send").click()
-    expect(page.locator("[data-who=base] .text")).not_to_be_empty()
-    page.get_by_role("button", name="Stop").click()
-    _done(page)
+    page.evaluate(STOP_ONCE_BASE_SAYS_SOMETHING)
+    _ask(page, ASKED)
     stopped = _texts(page)["base"]
+    assert 0 < len(stopped) < 1800  # a token is a character at the least
     page.wait_for_timeout(300)
     assert _texts(page)["base"] == stopped
 
