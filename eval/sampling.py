@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,22 +112,27 @@ def sample_replies(
         give_up=give_up or (lambda ids: False),
     )
 
-    def sample(mine: list[int]) -> list[Reply]:
-        replies = dict[int, Reply]()
-        order = decoder.longest_first(mine)
-
-        def sample_rest(most: int) -> None:
-            rest = [row for row in order if row not in replies]
-            for row, ids, is_over in decoder.grow(rest, most, _SEGMENT_TOKENS):
-                if is_over:
-                    replies[row] = _cut(ids, decoder.generation.eos_token_id)
-                    bar.update(1)
-
-        with progress_bar(len(order), label) as bar:
-            halving(sample_rest, min(batch_size, len(order)), label)
-        return [replies[row] for row in mine]
-
+    sample = partial(_sampled, decoder, batch_size, label)
     return spread(sample, [decoder.kind(row) for row in range(len(prompts))])
+
+
+def _sampled(
+    decoder: Decoder, batch_size: int, label: str | None, mine: Sequence[int]
+) -> list[Reply]:
+    """Replies to these prompts, in their order, fewer at a time where memory ends."""
+    replies = dict[int, Reply]()
+    order = decoder.longest_first(mine)
+
+    def sample_rest(most: int) -> None:
+        rest = [row for row in order if row not in replies]
+        for row, ids, is_over in decoder.grow(rest, most, _SEGMENT_TOKENS):
+            if is_over:
+                replies[row] = _cut(ids, decoder.generation.eos_token_id)
+                bar.update(1)
+
+    with progress_bar(len(order), label) as bar:
+        halving(sample_rest, min(batch_size, len(order)), label)
+    return [replies[row] for row in mine]
 
 
 def stream_reply(

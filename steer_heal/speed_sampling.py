@@ -69,6 +69,12 @@ def sampling_rows(models: Models) -> list[Row]:
             asked=None,
             ways=lambda: replaced_ways(models.embedded, 384),
         ),
+        *_reading_rows(models),
+    ]
+
+
+def _reading_rows(models: Models) -> list[Row]:
+    return [
         Row(
             name="logits",
             what="logits of 96 replies to 24 prompts",
