@@ -25,7 +25,7 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -313,6 +313,22 @@ def test_slider_and_round_selector_act(server: str, tabs: Tabs, chat: Chat) -> N
     number.select_option(str(best))
     _done(page)
     assert _texts(page) == before  # the seed is the same
+
+
+def test_no_setting_can_be_typed_before_the_runs_own_are_there(server: str, tabs: Tabs) -> None:
+    page = tabs.open("about:blank")
+    held: list[Route] = []
+    page.route("**/about", lambda route: held.append(route))
+    page.goto(server)
+    names = ("round", "dose", "temperature", "tokens", "seed")
+    for name in names:
+        expect(page.get_by_label(name)).to_be_disabled()
+    held[0].continue_()
+    for name in names:
+        expect(page.get_by_label(name)).to_be_enabled()
+    page.get_by_label("tokens").fill("7")
+    _ask(page, ASKED)
+    expect(page.get_by_label("tokens")).to_have_value("7")
 
 
 def test_turns_follow_one_another_and_begin_anew(server: str, tabs: Tabs) -> None:

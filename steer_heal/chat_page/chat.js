@@ -116,6 +116,7 @@ const isBusy = () => allCells().some((cell) => cell.aborter);
 function showState() {
   const busy = isBusy();
   byId("send").disabled = busy || !about;
+  byId("settings").disabled = !about; // what was typed earlier would be overwritten
   byId("stop").disabled = !busy;
   byId("again").disabled = busy || !turns.length;
   byId("new").disabled = !turns.length;
