@@ -13,7 +13,7 @@ from steer_heal.organism.mixture import LEARNING, dialogues
 from steer_heal.organism.train import TrainConfig, encode, new_model, train
 from steer_heal.organism.vignettes import build_suite
 
-STEPS, BATCH = 3, 8
+STEPS, BATCH = 2, 4
 
 
 def _trained(seed: int) -> dict[str, torch.Tensor]:
