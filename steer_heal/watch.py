@@ -13,7 +13,7 @@ from loguru import logger
 
 from eval.processes import on_main
 from steer_heal.guards import alarms
-from steer_heal.round_table import round_table
+from steer_heal.round_table import LEGEND, round_table
 from steer_heal.rounds import Round, Run
 from steer_heal.saved import read_saved_run
 from steer_heal.summary import Summary, summarise
@@ -31,7 +31,7 @@ class Watch:
     def tell(self, round: Round) -> None:
         """Says what a finished round came to, beside the controls, and what went wrong in it."""
         table = "\n".join(round_table(self._so_far()))
-        logger.info("what round {} came to\n{}", round.index + 1, table)
+        logger.info("what round {} came to ({})\n{}", round.index + 1, LEGEND, table)
         for alarm in alarms(self._so_far()):
             if alarm.round == round.index + 1:
                 logger.warning("{}", alarm)
