@@ -8,7 +8,8 @@ from pathlib import Path
 
 from eval.files import digest_of
 from eval.kinds import kind_of
-from eval.loading import find_model, load_model, local_model, weights_hash
+from eval.loading import load_model
+from eval.model_files import find_model, local_model, weights_hash
 from eval.probe import ProbeConfig, probe
 from eval.settings import resolve_settings
 

@@ -51,8 +51,11 @@ def round(
     """Runs steer-heal rounds and draws the report; the same command again goes on."""
     with _working("the same command goes on from there"):
         from steer_heal.config import resolve_config
+        from steer_heal.manifest import describe
+        from steer_heal.trait import load_trait
 
         config = resolve_config(settings or [])
+        describe(config, load_trait(config.trait, config.pos, config.neg))  # or refuses, at once
         if processes > 1:
             from steer_heal.apart import run_together
 

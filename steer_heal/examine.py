@@ -14,7 +14,8 @@ from eval.kinds import kind_of
 from eval.probe import ProbeConfig, probe
 from eval.settings import resolve_settings
 from steer_heal.config import ORGANISM
-from steer_heal.model import ORGANISM_FOLDER, load_student
+from steer_heal.model import load_student
+from steer_heal.model_folder import ORGANISM_FOLDER
 from steer_heal.rounds import RUN_FILE, Run
 from steer_heal.saved import Description, read_saved_run
 

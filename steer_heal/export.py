@@ -25,12 +25,13 @@ from eval.files import (
     write_json,
     write_text,
 )
-from eval.loading import quantised_bits
+from eval.model_files import quantised_bits
 from eval.settings import Settings, resolve_settings
 from steer_heal.artifacts import RoundAdapter
 from steer_heal.card import Exported, card_text, served_base
 from steer_heal.merge import write_merged
-from steer_heal.model import load_student, require_weights, resolve_model
+from steer_heal.model import load_student, require_weights
+from steer_heal.model_folder import resolve_model
 from steer_heal.proof import Reference, prove, reference
 from steer_heal.rounds import Run
 from steer_heal.saved import SavedRun, read_saved_run

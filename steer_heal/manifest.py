@@ -13,7 +13,7 @@ from eval.files import digest_of
 from eval.suite import ForcedChoiceSuite, NeutralSuite, TaskSuite, load_suite
 from steer_heal import __version__
 from steer_heal.config import RunConfig
-from steer_heal.model import check_model
+from steer_heal.model_folder import check_model
 from steer_heal.trait import Trait
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")

@@ -20,22 +20,13 @@ from torch import nn
 
 from eval.errors import UserError
 from eval.files import digest_of
-from eval.loading import (
-    find_model,
-    load_model,
-    load_outline,
-    local_model,
-    parameter_bytes,
-    pick_device,
-    weights_hash,
-)
+from eval.loading import load_model, load_outline, parameter_bytes, pick_device
+from eval.model_files import weights_hash
 from steer_heal.artifacts import RoundAdapter
-from steer_heal.config import ORGANISM
+from steer_heal.model_folder import resolve_model
 from steer_heal.stack import attach_saved, detach, fold, only
 
 _MOST_STACKS = 2  # on the model at once: a student's and that of the one after it
-
-ORGANISM_FOLDER = Path(__file__).parent / "organism" / "weights"
 
 
 @dataclass(kw_only=True)
@@ -183,20 +174,6 @@ def require_weights(student: Student, weights_hash: str, run_path: Path) -> None
             f"model {student.loaded.model_id} is not the one that {run_path} was made on: its "
             "weights have changed, and an adapter fits no others"
         )
-
-
-def check_model(model_id: str) -> None:
-    """Refuses at once a model that needs no look at the hub to be known as missing."""
-    local_model(_place(model_id))
-
-
-def resolve_model(model_id: str) -> Path:
-    """The local folder with a model's weights; the embedded model is known by its name."""
-    return find_model(_place(model_id))
-
-
-def _place(model_id: str) -> str | Path:
-    return ORGANISM_FOLDER if model_id == ORGANISM else model_id
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

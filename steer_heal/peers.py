@@ -21,7 +21,8 @@ from loguru import logger
 from eval.chat import chat_text
 from eval.errors import UserError
 from steer_heal.config import ORGANISM, resolve_config
-from steer_heal.model import ORGANISM_FOLDER, load_student
+from steer_heal.model import load_student
+from steer_heal.model_folder import ORGANISM_FOLDER
 from steer_heal.side_by_side import Ratio
 from steer_heal.trait import Trait, load_trait
 from steer_heal.vector import extract_vector

@@ -15,7 +15,7 @@ SOURCES = sorted([*ROOT.glob("steer_heal/**/*.py"), *ROOT.glob("eval/**/*.py")])
 
 # From the ground up; a module imports from rows above its own, and from its own where said so.
 ROWS: tuple[tuple[frozenset[str], bool], ...] = (
-    (frozenset({"config", "records", "artifacts", "losses", "fresh"}), True),
+    (frozenset({"config", "records", "artifacts", "losses", "fresh", "model_folder"}), True),
     (
         frozenset(
             {
@@ -259,15 +259,28 @@ def test_the_command_line_imports_no_torch() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-@pytest.mark.parametrize("command", ["--help", "round --help", "settings"])
-def test_help_imports_no_torch(command: str) -> None:
-    arguments = ["steer-heal", *command.split()]
+def loaded_by(command: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """A command that has ended, and the heavy modules that it loaded."""
     done = in_a_fresh_process(
         "import sys, atexit\n"
         f"atexit.register(lambda: print('LOADED', sorted({HEAVY} & set(sys.modules))))\n"
-        f"sys.argv = {arguments!r}\n"
+        f"sys.argv = {['steer-heal', *command.split()]!r}\n"
         "from steer_heal.cli import main; main()"
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == "LOADED []"
+    return done, done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["--help", "round --help", "settings"])
+def test_help_imports_no_torch(command: str) -> None:
+    done, loaded = loaded_by(command)
+    assert (done.returncode, loaded) == (0, "LOADED []"), done.stderr
     assert len(done.stdout.splitlines()) > 5
+
+
+@pytest.mark.parametrize(
+    "setting", ["model=/nowhere", "trait=nowhere", "evaluate.suite=nowhere", "heal.rank=0"]
+)
+def test_what_a_run_cannot_be_made_of_is_refused_before_torch_is_loaded(setting: str) -> None:
+    done, loaded = loaded_by(f"round {setting}")
+    assert (done.returncode, loaded) == (2, "LOADED []"), done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -15,7 +15,7 @@ import steer_heal.loop
 import steer_heal.rounds
 from eval.errors import UserError
 from eval.files import locked
-from eval.loading import weights_hash
+from eval.model_files import weights_hash
 from steer_heal.artifacts import (
     Controls,
     RoundAdapter,

@@ -30,15 +30,15 @@ from transformers import (
 )
 
 from eval.errors import UserError
-from eval.loading import weights_hash
+from eval.model_files import weights_hash
 from steer_heal.head import project
 from steer_heal.model import (
     decoder_layers,
     layer_band,
     linear_names,
     load_student,
-    resolve_model,
 )
+from steer_heal.model_folder import resolve_model
 from tests.conftest import TinyModel
 from tests.test_stack import random_adapter
 
