@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from eval.chat import chat_ids, next_turn_text, text_ids
 from eval.errors import UserError
@@ -42,10 +42,22 @@ class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _require_text(text: str) -> str:
+    """JSON can have halves of characters, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("this is no text: half of a character is in it") from error
+    return text
+
+
+Said = Annotated[str, Field(max_length=_MOST_CHARACTERS), AfterValidator(_require_text)]
+
+
 class Turn(_Message):
     """A user turn, and how it was answered in one of the four ways."""
 
-    user: str = Field(max_length=_MOST_CHARACTERS)
+    user: Said
     reply_ids: tuple[Annotated[int, Field(ge=0)], ...]
 
 
@@ -59,7 +71,7 @@ class Question(_Message):
     temperature: float = Field(ge=0, le=10)  # 0: the likeliest token
     max_new_tokens: int = Field(ge=1, le=4096)
     earlier: tuple[Turn, ...]  # of this dialogue, first to last
-    user: str = Field(min_length=1, max_length=_MOST_CHARACTERS)
+    user: Said = Field(min_length=1)
 
 
 class Answer(_Message):
@@ -151,9 +163,10 @@ class Chat:
             raise UserError("an earlier reply has tokens that this model has not")
         room = getattr(text_config, "max_position_embeddings", None)
         if room is not None and len(ids) + question.max_new_tokens > room:
+            remedy = "ask for fewer, or begin a new one" if question.earlier else "ask for fewer"
             raise UserError(
                 f"the dialogue has {len(ids)} tokens; with {question.max_new_tokens} more there "
-                f"would be more than the {room} that the model reads: begin a new one"
+                f"would be more than the {room} that the model reads: {remedy}"
             )
         return ids
 

@@ -1,8 +1,8 @@
 """The page of `steer-heal chat`: a small server on loopback, and the files of the page.
 
     GET  /about    what there is to choose from (chat.About)
-    POST /answer   a chat.Question -> server-sent events, each the reply so far (chat.Answer); an
-                   event `trouble` says in a sentence why there is no more of it
+    POST /answer   a chat.Question -> server-sent events, each the reply so far (chat.Answer); then
+                   an event `end`, or `trouble`, which says in a sentence why there is no more of it
     GET  /         the page (chat_page/), which asks nothing of any other place
 
 Ctrl-C ends it.
@@ -27,6 +27,8 @@ from steer_heal.saved import read_saved_run
 try:
     import uvicorn
     from fastapi import FastAPI
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
     from fastapi.sse import EventSourceResponse, ServerSentEvent
     from fastapi.staticfiles import StaticFiles
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -97,11 +99,19 @@ def chat_app(chat: Chat, host: str, is_ending: Callable[[], bool]) -> FastAPI:
         try:
             for each in takewhile(lambda _: not is_ending(), chat.answer(question)):
                 yield ServerSentEvent(data=each)
+            if not is_ending():
+                yield ServerSentEvent(event="end")
         except UserError as error:
             yield ServerSentEvent(event="trouble", data=str(error))
         except RuntimeError as error:  # of torch: mostly a lack of memory
             logger.exception("no answer")
             yield ServerSentEvent(event="trouble", data=str(error).splitlines()[0])
+
+    @app.exception_handler(RequestValidationError)
+    def refuse(_: object, error: RequestValidationError) -> JSONResponse:
+        """What is wrong and where, without what was given: that may be no text at all."""
+        told = [{"loc": each["loc"], "msg": each["msg"]} for each in error.errors()]
+        return JSONResponse({"detail": told}, status_code=422)
 
     app.mount("/", StaticFiles(directory=_PAGE_FOLDER, html=True))
     return app

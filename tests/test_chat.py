@@ -212,8 +212,11 @@ def test_a_dialogue_is_what_the_template_makes_of_its_turns(made: Path, chat: Ch
 
 
 def test_what_the_model_cannot_read_is_said(chat: Chat) -> None:
-    with pytest.raises(UserError, match="more than the 2048 that the model reads"):
+    with pytest.raises(UserError, match=r"than the 2048 that the model reads: ask for fewer$"):
         _last(chat, condition="base", max_new_tokens=2048)
+    with pytest.raises(UserError, match=r"ask for fewer, or begin a new one$"):
+        earlier = (Turn(user="x", reply_ids=(1,)),)
+        _last(chat, condition="base", max_new_tokens=2048, earlier=earlier)
     with pytest.raises(UserError, match="round 3 of 2"):
         _last(chat, condition="healed", round=3)
     with pytest.raises(UserError, match="tokens that this model has not"):
@@ -236,7 +239,9 @@ def test_answers_at_the_same_time_are_those_that_are_given_alone(server: str) ->
 
 
 def test_what_is_wrong_with_a_question_is_said(server: str) -> None:
-    for fields in ({"dose": -1}, {"round": 0}, {"user": ""}, {"condition": "other"}, {"x": 1}):
+    half = "a\ud800b"  # of a character
+    wrong = ({"dose": -1}, {"round": 0}, {"user": ""}, {"condition": "other"}, {"x": 1})
+    for fields in (*wrong, {"user": half}, {"earlier": [{"user": half, "reply_ids": []}]}):
         with pytest.raises(urllib.error.HTTPError, match="422"):
             _post(server, **({"condition": "base"} | fields))
     (trouble,) = _post(server, condition="healed", round=3)
@@ -314,6 +319,11 @@ def test_slider_and_round_selector_act(server: str, tabs: Tabs, chat: Chat) -> N
     _done(page)
     assert _texts(page) == before  # the seed is the same
 
+    page.get_by_label("seed").fill("7")
+    dose.dispatch_event("change")
+    _done(page)  # all four, as they are to have the same draws
+    assert all(text != before[name] for name, text in _texts(page).items())
+
 
 def test_no_setting_can_be_typed_before_the_runs_own_are_there(server: str, tabs: Tabs) -> None:
     page = tabs.open("about:blank")
@@ -323,6 +333,10 @@ def test_no_setting_can_be_typed_before_the_runs_own_are_there(server: str, tabs
     names = ("round", "dose", "temperature", "tokens", "seed")
     for name in names:
         expect(page.get_by_label(name)).to_be_disabled()
+    page.get_by_label("Your turn").fill(ASKED)
+    page.get_by_label("Your turn").press("Enter")
+    assert page.locator(".turn").count() == 0
+    expect(page.get_by_label("Your turn")).to_have_value(ASKED)
     held[0].continue_()
     for name in names:
         expect(page.get_by_label(name)).to_be_enabled()
@@ -378,7 +392,7 @@ def test_an_answer_is_stopped_and_a_trouble_is_told(server: str, tabs: Tabs) -> 
     page.get_by_role("button", name="Again").click()
     _done(page)
     causes = page.locator(".cause").all_inner_texts()
-    assert len(causes) == 4 and all("begin a new one" in cause for cause in causes)
+    assert len(causes) == 4 and all("reads: ask for fewer" in cause for cause in causes)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE_WIDTH
 
 
@@ -405,6 +419,23 @@ def test_ctrl_c_ends_it_in_the_middle_of_an_answer(made: Path) -> None:
     assert not any(process.is_running() for process in processes)
     with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
         pass  # the port is free again
+
+
+def test_an_answer_that_the_servers_end_cuts_off_is_not_shown_as_whole(
+    made: Path, tabs: Tabs
+) -> None:
+    running = Command(made, "chat", "small", "port=0", "device=cpu")
+    page = tabs.open(_address(running))
+    page.get_by_label("tokens").fill("1800")
+    page.get_by_label("Your turn").fill(ASKED)
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator("[data-who=base] .text")).not_to_be_empty(timeout=60_000)
+    running.send(signal.SIGINT)
+    assert running.end().code == 130
+    _done(page)
+    causes = page.locator(".cause").all_inner_texts()
+    assert len(causes) == 4 and all(causes), causes
+    tabs.errors.clear()  # the browser's own, of connections that were cut
 
 
 def test_what_cannot_be_served_is_said_in_one_message(made: Path, tmp_path: Path) -> None:

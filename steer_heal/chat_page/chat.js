@@ -9,6 +9,7 @@ class Cell {
   constructor(condition) {
     this.condition = condition;
     this.replyIds = [];
+    this.draws = ""; // the settings that are everyone's, as they were when it was asked
     this.aborter = null; // there while the answer is on its way
     this.box = element("article", "answer");
     this.box.dataset.who = condition;
@@ -24,6 +25,7 @@ class Cell {
     this.stop();
     const aborter = (this.aborter = new AbortController());
     const settings = currentSettings();
+    this.draws = drawsOf(settings);
     const note = { steered: `dose ${shown(settings.dose)}, round ${settings.round}`, healed: `round ${settings.round}` };
     this.title.replaceChildren(this.condition, " ");
     if (note[this.condition]) this.title.append(element("small", "", note[this.condition]));
@@ -56,7 +58,8 @@ class Cell {
   }
 }
 
-// Posts a question and calls `grown` with each answer so far; throws what goes wrong.
+// Posts a question and calls `grown` with each answer so far; throws what goes wrong, which an answer
+// without its end is, too.
 async function stream(question, signal, grown) {
   const response = await fetch("answer", {
     method: "POST",
@@ -69,12 +72,13 @@ async function stream(question, signal, grown) {
   let buffer = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("the server ended before the answer did");
     buffer += value;
     const events = buffer.split("\n\n");
     buffer = events.pop();
     for (const event of events) {
       const { event: name, data } = fields(event);
+      if (name === "end") return;
       if (name === "trouble") throw new Error(JSON.parse(data));
       if (data !== undefined) grown(JSON.parse(data));
     }
@@ -110,6 +114,9 @@ const currentSettings = () => ({
   max_new_tokens: Number(byId("tokens").value),
 });
 
+// What all four of a turn are to have the same of: else they would differ by more than who answers.
+const drawsOf = ({ seed, temperature, max_new_tokens }) => [seed, temperature, max_new_tokens].join();
+
 const allCells = () => turns.flatMap((turn) => Object.values(turn.cells));
 const isBusy = () => allCells().some((cell) => cell.aborter);
 
@@ -122,17 +129,20 @@ function showState() {
   byId("new").disabled = !turns.length;
 }
 
-// Answers the last turn again, by those whom a changed setting concerns.
+// Answers the last turn again, by those whom a changed setting concerns, and by those who answered
+// it with another seed, temperature or length than is set now.
 function again(conditions) {
   const last = turns.at(-1);
   const wrong = document.querySelector(".settings :invalid");
   if (!last || wrong) return wrong?.reportValidity();
-  for (const condition of conditions) last.cells[condition].ask(turns.length - 1);
+  const draws = drawsOf(currentSettings());
+  const asked = CONDITIONS.filter((condition) => conditions.includes(condition) || last.cells[condition].draws !== draws);
+  for (const condition of asked) last.cells[condition].ask(turns.length - 1);
 }
 
 function send() {
   const box = byId("user");
-  if (isBusy() || !box.value.trim()) return;
+  if (!about || isBusy() || !box.value.trim()) return; // Enter also sends where the button is off
   const cells = Object.fromEntries(CONDITIONS.map((condition) => [condition, new Cell(condition)]));
   turns.push({ user: box.value, cells });
   const shown = element("section", "turn");
