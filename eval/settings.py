@@ -105,7 +105,8 @@ def _allowed(kind: Any, limits: Sequence[Any]) -> str:
     if origin is Literal:
         return " or ".join(filter(None, [", ".join(inner[:-1]), inner[-1]]))
     if origin is tuple:
-        many = "paths" if inner[0] is Path else "numbers"
+        one = _allowed(inner[0], ())  # as `a number, above 0`
+        many = "paths" if inner[0] is Path else one.replace("a number", "numbers").replace(",", "")
         return f"{many} with commas between" if Ellipsis in inner else f"two {many}, as A,B"
     words = {int: "a whole number", float: "a number", bool: "true or false"}
     bounds = {"ge": "at least", "gt": "above", "lt": "below", "le": "at most"}

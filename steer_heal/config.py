@@ -99,7 +99,7 @@ class VectorConfig(Settings):
 class GenerateConfig(Settings):
     """Sampling of the steered completions."""
 
-    doses: Literal["auto"] | Annotated[tuple[float, ...], Field(min_length=1)] = "auto"
+    doses: Literal["auto"] | Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = "auto"
     """Multiples of the raw vector, the drafts split evenly over them; auto: a probe finds them."""
     walk_down: float = Field(1.0, ge=0)
     """Every dose is lowered by this times what the stack adds of the vector by itself, to 0."""
@@ -156,6 +156,15 @@ class FilterConfig(Settings):
     """Of a prompt's completions that pass the most enacting are kept first; false: any of them."""
     batch_size: int = Field(128, ge=1)
     """Completions scored at a time; on a CPU fewer, where they are long."""
+
+    @model_validator(mode="after")
+    def _some_can_be_left(self) -> FilterConfig:
+        if self.min_kept > self.num_kept:
+            raise ValueError(
+                f"filter.min_kept is {self.min_kept}, more than filter.num_kept ({self.num_kept}): "
+                "every round would stop"
+            )
+        return self
 
 
 class HealConfig(Settings):
