@@ -160,5 +160,5 @@ def explain_disk(error: OSError) -> str:
     """What happened to a file, and what to do where it is a lack of room."""
     what = error.strerror or str(error)
     if error.errno in NO_ROOM:
-        return f"{what}: make room on the disk and start again; nothing that was done is lost"
+        return f"{what}: make room on the disk and start again; finished stages are kept"
     return f"cannot be read or written ({what})"

@@ -133,7 +133,8 @@ def _silent(summary: Summary, round: RoundFigures) -> str | None:
         return None
     highest = max(step.kl_nats for step in round.saved.steps)
     off = ", and its weight is 0" if _heal(summary)["barrier_weight"] == 0 else ""
-    return f"highest step {fixed(highest, 3)} nats, threshold {_threshold(round)}{off}"
+    dose = fixed(round.saved.screened.mean_kept_dose, 2)
+    return f"highest step {fixed(highest, 3)} nats, threshold {_threshold(round)}, dose {dose}{off}"
 
 
 def _always_on(summary: Summary, round: RoundFigures) -> str | None:

@@ -205,12 +205,12 @@ def command_of(config: dict[str, Any]) -> str:
 def terminal_summary(report: Summary) -> str:
     """One line: what became of the trait and of the coherence."""
     last = report.rounds[-1].healed
-    rounds = " ".join(percent(round.healed.enacted.estimate) for round in report.rounds)
+    rounds = ", ".join(percent(round.healed.enacted.estimate) for round in report.rounds)
     return (
-        f"enacted {percent(report.base.enacted.estimate)} -> {rounds} "
-        f"(persona prompt {percent(report.prompted.enacted.estimate)}); "
-        f"pmass {fixed(last.pmass_share, 3)} of base; "
-        f"mundane {percent(last.mundane)} (base {percent(report.base.mundane)})"
+        f"enacted: base {percent(report.base.enacted.estimate)}, persona prompt "
+        f"{percent(report.prompted.enacted.estimate)}, after each round {rounds}; after the last "
+        f"pmass {fixed(last.pmass_share, 3)} of base's, mundane tasks {percent(last.mundane)} "
+        f"(base {percent(report.base.mundane)})"
     )
 
 
