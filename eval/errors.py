@@ -1,4 +1,4 @@
-"""The one error that a person is meant to read."""
+"""The one error that a person is meant to read, and the end that a machine asks for."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     A command line prints its message without a traceback and ends with exit code 2.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers and containers send it: everything ends as on Ctrl-C."""

@@ -67,7 +67,7 @@ _group = _Group(rank=0, size=1)
 
 def is_main() -> bool:
     """Whether this process is the one that writes files and speaks."""
-    return os.environ["RANK"] == "0" if _is_to_join() else _group.rank == 0
+    return os.environ["RANK"] == "0" if is_to_join() else _group.rank == 0
 
 
 def count() -> int:
@@ -86,7 +86,7 @@ def joined(device: str) -> Iterator[None]:
     Raises:
         UserError: more processes than GPUs; and what failed in another process.
     """
-    if not _is_to_join():
+    if not is_to_join():
         yield
         return
     _join(device)
@@ -165,7 +165,7 @@ def own(num_rows: int) -> list[int]:
     return list(range(num_rows)) if _is_alone() else list(range(_group.rank, num_rows, _group.size))
 
 
-def _is_to_join() -> bool:
+def is_to_join() -> bool:
     """Whether others were started beside this process, and it has not joined them yet."""
     return all(name in os.environ for name in _STARTED_BY) and os.environ["WORLD_SIZE"] != "1"
 

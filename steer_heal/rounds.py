@@ -12,7 +12,7 @@ from typing import Any, Literal
 from loguru import logger
 
 from eval.bars import duration_text
-from eval.errors import UserError
+from eval.errors import Terminated, UserError
 from eval.files import NOT_AS_WRITTEN, disk_errors, locked, read_json, write_json, write_text
 from eval.people import IN_LOG_ALONE
 from eval.processes import on_main
@@ -215,7 +215,8 @@ def _log_end(error: BaseException) -> None:
     """Says in the log alone why a run ends here: people are told by whoever catches the error."""
     log = logger.bind(**{IN_LOG_ALONE: True})
     if isinstance(error, KeyboardInterrupt):
-        log.info("stopped by Ctrl-C; the same command goes on from there")
+        what = "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
+        log.info("stopped by {}; the same command goes on from there", what)
     elif isinstance(error, UserError):
         log.error("failed: {}", error)
     else:

@@ -195,15 +195,24 @@ def test_killed_between_writes_ends_with_the_same_bytes(
     assert not list((folder / RUN).rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("stage", ["adapter", "eval"])
-def test_ctrl_c_says_how_to_go_on(stage: str, reference: Reference, tmp_path: Path) -> None:
-    folder, code, said = _stopped_in(stage, signal.SIGINT, reference, tmp_path)
+@pytest.mark.parametrize(
+    ("stage", "number", "name"),
+    [
+        ("adapter", signal.SIGINT, "Ctrl-C"),
+        ("eval", signal.SIGINT, "Ctrl-C"),
+        ("adapter", signal.SIGTERM, "SIGTERM"),
+    ],
+)
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    stage: str, number: signal.Signals, name: str, reference: Reference, tmp_path: Path
+) -> None:
+    folder, code, said = _stopped_in(stage, number, reference, tmp_path)
 
-    assert code == 130
+    assert code == 128 + number
     assert said.splitlines()[-1] == "stopped; the same command goes on from there"
     log = (folder / RUN / "log.txt").read_text()
-    assert log.splitlines()[-1].endswith("stopped by Ctrl-C; the same command goes on from there")
-    assert "stopped by Ctrl-C" not in said
+    assert log.splitlines()[-1].endswith(f"stopped by {name}; the same command goes on from there")
+    assert "stopped by" not in said
     assert "Traceback" not in said
     assert not list((folder / RUN).rglob(".tmp-*"))
     rounds_of(folder, 2, *reference.settings)
