@@ -2,8 +2,9 @@
 
     verdict    trait shift of the best round from base, nats (points where a trait names no
                foundation), and its share of what the persona prompt does to the base
-    state      running: a living process holds the run; stopped: the stage that comes next;
-               done: no round is to follow; broken: a file is not what was written there
+    state      running: a living process holds the run; stopped, or failed where the last in its
+               log is the error: the stage that comes next; done: no round is to follow; broken: a
+               file is not what was written there
 
 What is read of a run is only what its line says, so files of no figure in it are not looked into.
 """
@@ -24,7 +25,7 @@ from steer_heal.artifacts import Controls, Limits, RoundEval
 from steer_heal.config import RunConfig
 from steer_heal.gate import is_coherent
 from steer_heal.progress import parts_of
-from steer_heal.rounds import DONE_FILE, RUN_FILE, STAGES_FILE, Run
+from steer_heal.rounds import DONE_FILE, RUN_FILE, STAGES_FILE, Run, has_failed
 from steer_heal.saved import Description, read_description, trait_shift
 from steer_heal.summary import best_round, without_gain
 from steer_heal.wording import aligned, nats, one_line
@@ -105,7 +106,8 @@ def _line_of(path: Path, name: str, size: str) -> Line:
         each.require_files()
     best, verdict = _best(run, about) if done else (None, "")
     doing = _next_stage(run, about, len(done))
-    state = "done" if _is_over(config, len(done), best) else f"stopped: {doing}"
+    ended = "failed" if has_failed(path) else "stopped"
+    state = "done" if _is_over(config, len(done), best) else f"{ended}: {doing}"
     return Line(
         run=name,
         model=one_line(config.model),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from steer_heal.gate import is_coherent
 from steer_heal.stages import STAGES_FILE, WHAT_THEN, Stages
 
 RUN_FILE, DONE_FILE, LOG_FILE = "run.json", "DONE", "log.txt"
+_RECORD = re.compile(r"^\d{4}-\d\d-\d\dT\S+ (.*)$", re.MULTILINE)  # its first line, less its time
 
 
 class Round(Stages):
@@ -221,6 +223,16 @@ def _log_end(error: BaseException) -> None:
         log.error("failed: {}", error)
     else:
         log.opt(exception=error).error("failed: {}: {}", type(error).__name__, error)
+
+
+def has_failed(path: Path) -> bool:
+    """Whether the last thing that a run's log says is an error that ended it."""
+    try:
+        log = (path / LOG_FILE).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return False
+    records = _RECORD.findall(log)
+    return bool(records) and records[-1].startswith("ERROR failed: ")
 
 
 def _to_log(path: Path) -> Callable[[str], None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval.bars import duration_text
+from steer_heal.listing import list_runs
 from tests.processes import Command, command, portable_settings
 from tests.tiny import tiny_model_folder
 
@@ -93,3 +94,7 @@ def test_a_run_that_fails_says_so_in_its_log(settings: list[str], tmp_path: Path
     (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert log[-1].endswith(f"ERROR failed: {error.removeprefix('error: ')}")
     assert done.err.count("the filter left 0") == 1
+    assert "failed: screened" in list_runs(tmp_path / "rounds", None)
+    with (tmp_path / "rounds" / "small" / "log.txt").open("a") as file:  # as if begun again
+        file.write(f"{log[-1].split()[0]} INFO round 1 (round-00): screened\n")
+    assert "stopped: screened" in list_runs(tmp_path / "rounds", None)

@@ -274,7 +274,7 @@ def test_replies_without_an_enactment_are_shown_without_one(report: Summary) -> 
     articles = re.findall(r"<h3>persona prompt (.*?)</h3>", page)
     assert len(articles) > 1
     assert all(re.search(r"enacted</span>$", article) for article in articles)
-    assert re.search(r"<h3>base .*enacted \([+−]\d\.\d\d\)</span>", page)
+    assert re.search(r"<h3>base .*enacted \([+−]\d\.\d\d nats\)</span>", page)
 
 
 def test_length_goes_with_enactment_as_their_ranks_do(report: Summary) -> None:
