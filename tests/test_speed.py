@@ -33,6 +33,7 @@ from steer_heal.speed_sampling import (
     vignettes_ways,
 )
 from steer_heal.trait import load_trait
+from tests.processes import Work
 from tests.small import small_run, small_settings
 from tests.tiny import tiny_model_folder
 
@@ -167,7 +168,13 @@ def test_other_libraries_extract_from_the_same_pairs(tmp_path: Path) -> None:
     assert len(pairs) == 128 and all(one != other for one, other in pairs)
 
 
-def test_a_peak_that_is_begun_anew_is_that_of_what_followed() -> None:
+def test_a_peak_that_is_begun_anew_is_that_of_what_followed(tmp_path: Path) -> None:
+    """In a process of its own, as it is used: of a large one the system takes pages back."""
+    done = Work(tmp_path, {}, _hold_much_then_little).end()
+    assert done.code == 0, done.err
+
+
+def _hold_much_then_little() -> None:
     held = torch.ones(2**28)  # 1 GiB
     assert peak_gib() >= 1
     del held
