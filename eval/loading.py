@@ -1,6 +1,6 @@
 """Models from a local folder: safetensors and JSON only, never remote code.
 
-What is missing, damaged or out of reach is told in one message.
+What is missing or damaged is told in one message.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from steer_heal.saved import ConditionFigures
 from steer_heal.summary import Summary
 from steer_heal.wording import aligned, nats, percent
 
-LEGEND = "shift and tail in nats, pmass as a share of base's, * the best"
+LEGEND = "bare shifts and tails are nats, pmass is a share of base's, * the best"
 _HEADS = ("", "enacted", "shift", "pmass", "tail")
 
 

@@ -427,14 +427,15 @@ def test_an_answer_that_the_servers_end_cuts_off_is_not_shown_as_whole(
     running = Command(made, "chat", "small", "port=0", "device=cpu")
     page = tabs.open(_address(running))
     page.get_by_label("tokens").fill("1800")
+    page.get_by_label("temperature").fill("0")  # all but the prompted go round for ever
     page.get_by_label("Your turn").fill(ASKED)
     page.get_by_role("button", name="Send").click()
     expect(page.locator("[data-who=base] .text")).not_to_be_empty(timeout=60_000)
     running.send(signal.SIGINT)
     assert running.end().code == 130
     _done(page)
-    causes = page.locator(".cause").all_inner_texts()
-    assert len(causes) == 4 and all(causes), causes
+    for name in ("base", "steered", "healed"):
+        expect(page.locator(f"[data-who={name}] .cause")).not_to_be_empty()
     tabs.errors.clear()  # the browser's own, of connections that were cut
 
 

@@ -169,7 +169,7 @@ def test_other_libraries_extract_from_the_same_pairs(tmp_path: Path) -> None:
 
 
 def test_a_peak_that_is_begun_anew_is_that_of_what_followed(tmp_path: Path) -> None:
-    """In a process of its own, as it is used: of a large one the system takes pages back."""
+    """In a process of its own, as it is used: in a test's large one it once came out as nothing."""
     done = Work(tmp_path, {}, _hold_much_then_little).end()
     assert done.code == 0, done.err
 
